@@ -1,0 +1,42 @@
+# Each target works alone on a fresh machine with python3, g++, make and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Two ranks on two cores: more threads in each only fight.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(VENV)/ready
+	@echo "== demo: a Wan transformer, sequence-parallel on 2 CPU ranks, compiled whole"
+	$(BIN)/torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 examples/wan_sequence_parallel.py $(DEMO_ARGS)
+
+test: $(VENV)/ready
+	@echo "== test: tests/ and compile_tests/, without those marked slow"
+	$(BIN)/python -m pytest -m "not slow" --durations=10
+
+test-slow: $(VENV)/ready
+	@echo "== test-slow: what takes minutes or gigabytes"
+	FVOPS_RANDOM_PROGRAMS=200 $(BIN)/python -m pytest -m slow --durations=10
+
+lint: $(VENV)/ready
+	@echo "== lint: ruff check, ruff format, mypy"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/ready
+	@echo "== bench: what a call costs, all candidates in turn in one run"
+	$(BIN)/python tools/bench_dispatch.py
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@echo "== creating $(VENV) (once): torch, then fvops with what its tests, demo and benchmarks need"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
+	@# torch by its exact version first: nothing later may choose another build of it.
+	$(BIN)/python -m pip install --quiet $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,demo,bench]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

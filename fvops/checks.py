@@ -1,0 +1,197 @@
+"""What an op refuses, and the words it refuses it with. Everything here runs before anything is sent.
+
+The same functions serve an op's eager implementation, its fake, and the traced Python above it, so that a mistake reads
+the same in all three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "REDUCE_OPS",
+    "check_all_to_all_4D",
+    "check_all_to_all_single",
+    "check_chunks",
+    "check_concat",
+    "check_device",
+    "check_dim",
+    "check_divisible",
+    "check_no_grad",
+    "check_own_rank",
+    "check_peer",
+    "check_place",
+    "check_reduce_op",
+    "check_strided",
+    "fail",
+    "where",
+]
+
+REDUCE_OPS = ("sum", "avg", "max", "min", "product")
+
+
+def fail(kind: type[Exception], message: str) -> NoReturn:
+    """Raise ``kind(message)``, so that the message reaches the user from inside a traced function too.
+
+    Dynamo reports a bare ``raise`` under ``fullgraph=True`` as "Observed exception" without its text, so the text goes
+    into a graph break; without ``fullgraph`` the break leaves the raise to eager Python.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        torch._dynamo.graph_break(msg=message)
+    raise kind(message)
+
+
+def where(op: str, group_name: str) -> str:
+    """How every message begins: the op and the group."""
+    return f"fvops.{op} on group {group_name!r}"
+
+
+def check_strided(op: str, group_name: str, tensor: Tensor) -> None:
+    """ValueError for sparse and other layouts without strides."""
+    if tensor.layout != torch.strided:
+        fail(ValueError, f"{where(op, group_name)}: needs a dense (strided) tensor, got layout {tensor.layout}")
+
+
+def check_device(op: str, group_name: str, tensor: Tensor, device: torch.device) -> None:
+    """ValueError for a tensor that is not on the group's device."""
+    if tensor.device != device:
+        fail(
+            ValueError,
+            f"{where(op, group_name)}: the tensor is on {tensor.device}, but the group communicates on {device}",
+        )
+
+
+def check_dim(op: str, group_name: str, tensor: Tensor, dim: int) -> int:
+    """`dim` counted from the front; ValueError when the tensor has no such dim."""
+    ndim = tensor.dim()
+    if not -ndim <= dim < ndim:
+        fail(ValueError, f"{where(op, group_name)}: dim {dim} is out of range for a tensor with {ndim} dims")
+    return dim if dim >= 0 else dim + ndim
+
+
+def check_divisible(op: str, group_name: str, what: str, size: int, world_size: int) -> None:
+    """ValueError when `size` (of `what`, e.g. "dim 2 (heads)") does not split evenly over the ranks."""
+    if size % world_size != 0:
+        fail(
+            ValueError,
+            f"{where(op, group_name)}: {what} has size {size}, which is not divisible by world_size {world_size}",
+        )
+
+
+def check_place(op: str, group_name: str, what: str, place: int, world_size: int) -> None:
+    """ValueError when `place` (`src` or `dst`) is not a place in the group."""
+    if not 0 <= place < world_size:
+        fail(
+            ValueError,
+            f"{where(op, group_name)}: {what}={place} is not a place in the group; "
+            f"places are 0 to {world_size - 1} (global ranks are not accepted)",
+        )
+
+
+def check_reduce_op(op: str, group_name: str, reduce_op: str, dtype: torch.dtype) -> None:
+    """ValueError for an unknown reduction, TypeError for one that the dtype does not have."""
+    if reduce_op not in REDUCE_OPS:
+        fail(ValueError, f"{where(op, group_name)}: unknown reduction {reduce_op!r}; known: {', '.join(REDUCE_OPS)}")
+    if dtype.is_complex or (dtype == torch.bool and reduce_op in ("sum", "avg")):
+        fail(TypeError, f"{where(op, group_name)}: {reduce_op} of {dtype} is not supported")
+    if reduce_op == "avg" and not dtype.is_floating_point:
+        fail(TypeError, f"{where(op, group_name)}: avg needs a floating-point tensor, got {dtype}")
+
+
+def check_no_grad(op: str, group_name: str, tensor: Tensor, reason: str = "has no gradient") -> None:
+    """RuntimeError when autograd would need a gradient that the op does not have."""
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        fail(
+            RuntimeError,
+            f"{where(op, group_name)}: {reason}, but its input requires one; "
+            "detach the input or call under torch.no_grad()",
+        )
+
+
+def check_all_to_all_4D(
+    group_name: str, input_: Tensor, scatter_dim: int, gather_dim: int, world_size: int, op: str = "all_to_all_4D"
+) -> None:
+    """ValueError unless `input_` is ``[B, S, H, D]``, the dims are (2, 1) or (1, 2), and the scattered one divides."""
+    check_strided(op, group_name, input_)
+    if input_.dim() != 4:
+        fail(
+            ValueError,
+            f"{where(op, group_name)}: needs a 4D tensor [batch, sequence, heads, head_size], got {input_.dim()} dims",
+        )
+    if (scatter_dim, gather_dim) not in ((2, 1), (1, 2)):
+        fail(
+            ValueError,
+            f"{where(op, group_name)}: scatter_dim={scatter_dim}, gather_dim={gather_dim} is not supported; "
+            "use (2, 1), sequence shards in and head shards out, or (1, 2), its inverse",
+        )
+    name = "dim 2 (heads)" if scatter_dim == 2 else "dim 1 (sequence)"
+    check_divisible(op, group_name, name, input_.size(scatter_dim), world_size)
+
+
+def check_all_to_all_single(
+    group_name: str,
+    input_: Tensor,
+    output_split_sizes: Sequence[int] | None,
+    input_split_sizes: Sequence[int] | None,
+    world_size: int,
+) -> None:
+    """ValueError unless dim 0 splits evenly, or both lists have one size for each rank and the input's add up to dim 0."""
+    op = "all_to_all_single"
+    check_strided(op, group_name, input_)
+    if input_.dim() == 0:
+        fail(ValueError, f"{where(op, group_name)}: needs a tensor with at least one dim to split, got a 0-dim one")
+    if input_split_sizes is None and output_split_sizes is None:
+        check_divisible(op, group_name, "dim 0", input_.size(0), world_size)
+        return
+    if input_split_sizes is None or output_split_sizes is None:
+        fail(ValueError, f"{where(op, group_name)}: give both input_split_sizes and output_split_sizes, or neither")
+    for what, sizes in (("input_split_sizes", input_split_sizes), ("output_split_sizes", output_split_sizes)):
+        if len(sizes) != world_size:
+            fail(
+                ValueError,
+                f"{where(op, group_name)}: {what} has {len(sizes)} sizes, needs one for each of {world_size} ranks",
+            )
+        for size in sizes:
+            if size < 0:
+                fail(ValueError, f"{where(op, group_name)}: {what} has a negative size {size}")
+    if sum(input_split_sizes) != input_.size(0):
+        fail(
+            ValueError,
+            f"{where(op, group_name)}: input_split_sizes add up to {sum(input_split_sizes)}, "
+            f"but dim 0 of the input has size {input_.size(0)}",
+        )
+
+
+def check_chunks(op: str, group_name: str, input_: Tensor, dim: int, world_size: int) -> int:
+    """`dim` counted from the front; ValueError when the input is not dense or `dim` does not split evenly."""
+    check_strided(op, group_name, input_)
+    dim = check_dim(op, group_name, input_, dim)
+    check_divisible(op, group_name, f"dim {dim}", input_.size(dim), world_size)
+    return dim
+
+
+def check_concat(op: str, group_name: str, input_: Tensor, dim: int) -> int:
+    """`dim` counted from the front; ValueError when the input is not dense or cannot be concatenated along `dim`."""
+    check_strided(op, group_name, input_)
+    return check_dim(op, group_name, input_, dim)
+
+
+def check_peer(op: str, group_name: str, what: str, peer: int, rank: int, world_size: int) -> None:
+    """ValueError unless `peer` is another place of the group."""
+    check_place(op, group_name, what, peer, world_size)
+    if peer == rank:
+        fail(ValueError, f"{where(op, group_name)}: {what}={peer} is this rank itself; a peer must be another rank")
+
+
+def check_own_rank(op: str, group_name: str, rank: int, own_rank: int) -> None:
+    """RuntimeError when a graph that was made for one rank runs on another."""
+    if rank != own_rank:
+        fail(
+            RuntimeError,
+            f"{where(op, group_name)}: the call was made for place {rank}, but this is place {own_rank}: "
+            "a function exported on one rank cannot run on another when it uses its rank",
+        )

@@ -1,0 +1,29 @@
+"""What torch.compile has to be told about the ops: everything that depends on compiler internals is in this package.
+
+It knows the ops by their overloads and nothing of groups or transports. `install` runs at the first fake call of any op,
+that is when something is traced: importing Inductor's lowerings costs about a second, which eager programs do not pay.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["install", "ordered_ops"]
+
+# Overloads of the ops that communicate; `fvops.ops` fills it.
+ordered_ops: list[Any] = []
+
+_lowered = False
+
+
+def install() -> None:
+    """Register the Inductor lowerings once, and see to it that the cache salt is in force."""
+    global _lowered
+    from fvops.compiler import cache
+
+    cache.salt_caches()
+    if not _lowered:
+        from fvops.compiler import ordered_lowering
+
+        ordered_lowering.register(ordered_ops)
+        _lowered = True

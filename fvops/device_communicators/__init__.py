@@ -1,0 +1,1 @@
+"""How a group's collectives are carried out on one kind of device."""

@@ -1,0 +1,235 @@
+"""A group's collectives on real tensors: check, record, pack, hand to the transport, unpack.
+
+`DeviceCommunicatorBase` works on any device that torch.distributed has a backend for. A subclass overrides what its
+device can do better; the ops and the groups never look below this interface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fvops import checks, debug, envs
+from fvops.device_communicators.process_group_transport import ProcessGroupTransport
+from fvops.kernels import layout
+from fvops.reduce_op import reduce_op_name
+
+__all__ = ["DeviceCommunicatorBase", "DistributedAutograd"]
+
+
+class DeviceCommunicatorBase:
+    """Collectives over one process group. Every method returns new contiguous tensors and leaves its inputs untouched.
+
+    Called with a tensor that requires a gradient, the methods that have one go through `DistributedAutograd`, the
+    others refuse; the ops call them below autograd.
+
+    Args:
+        cpu_group: process group for control messages (gloo).
+        device: where the tensors live; default CPU.
+        device_group: process group for tensors; default `cpu_group`.
+        unique_name: the group's name, for messages and records.
+    """
+
+    def __init__(
+        self,
+        cpu_group: dist.ProcessGroup,
+        device: torch.device | str | None = None,
+        device_group: dist.ProcessGroup | None = None,
+        unique_name: str = "",
+    ) -> None:
+        self.device = torch.device("cpu") if device is None else torch.device(device)
+        self.cpu_group = cpu_group
+        self.device_group = cpu_group if device_group is None else device_group
+        self.unique_name = unique_name
+        self.ranks: list[int] = dist.get_process_group_ranks(cpu_group)
+        self.world_size = len(self.ranks)
+        self.rank = self.rank_in_group = dist.get_rank(cpu_group)
+        self.global_rank = dist.get_rank()
+        self.global_world_size = dist.get_world_size()
+        self.transport = ProcessGroupTransport(self.device_group, self.ranks)
+
+    def all_reduce(self, input_: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """The reduction of the ranks' tensors; `op` is a ReduceOp or its name (see `reduce_op_name`)."""
+        op = reduce_op_name(op)
+        if _needs_grad(input_):
+            return DistributedAutograd.AllReduce.apply(self, input_, op)
+        self._check("all_reduce", input_)
+        checks.check_reduce_op("all_reduce", self.unique_name, op, input_.dtype)
+        output = input_.clone(memory_format=torch.contiguous_format)
+        self._issue("all_reduce", input_, {"op": op}, self.transport.all_reduce, output, op)
+        return output
+
+    def reduce(self, input_: Tensor, dst: int, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """The reduction on `dst`, zeros of the same shape elsewhere."""
+        op = reduce_op_name(op)
+        self._check("reduce", input_, differentiable=False)
+        checks.check_reduce_op("reduce", self.unique_name, op, input_.dtype)
+        checks.check_place("reduce", self.unique_name, "dst", dst, self.world_size)
+        output = input_.clone(memory_format=torch.contiguous_format)
+        self._issue("reduce", input_, {"op": op, "dst": dst}, self.transport.reduce, output, op, dst)
+        return output if self.rank == dst else output.zero_()
+
+    def all_gather(self, input_: Tensor, dim: int = -1) -> Tensor:
+        """The ranks' tensors concatenated along `dim`."""
+        if _needs_grad(input_):
+            return DistributedAutograd.AllGather.apply(self, input_, self.world_size, dim)
+        self._check("all_gather", input_)
+        dim = checks.check_concat("all_gather", self.unique_name, input_, dim)
+        recv = input_.new_empty((self.world_size, *input_.shape))
+        self._issue("all_gather", input_, {"dim": dim}, self.transport.all_gather, recv, input_.contiguous())
+        return layout.unpack_chunks(recv, dim)
+
+    def reduce_scatter(self, input_: Tensor, op: Any = dist.ReduceOp.SUM, dim: int = -1) -> Tensor:
+        """This rank's slice, along `dim`, of the reduction."""
+        op = reduce_op_name(op)
+        if _needs_grad(input_):
+            return DistributedAutograd.ReduceScatter.apply(self, input_, op, dim)
+        self._check("reduce_scatter", input_)
+        checks.check_reduce_op("reduce_scatter", self.unique_name, op, input_.dtype)
+        dim = checks.check_chunks("reduce_scatter", self.unique_name, input_, dim, self.world_size)
+        send = layout.pack_chunks(input_, dim, self.world_size)
+        recv = torch.empty(send.shape[1:], dtype=send.dtype, device=send.device)
+        arguments = {"op": op, "dim": dim}
+        self._issue("reduce_scatter", input_, arguments, self.transport.reduce_scatter, recv, send, op)
+        return recv
+
+    def all_to_all_4D(self, input_: Tensor, scatter_dim: int = 2, gather_dim: int = 1) -> Tensor:
+        """(2, 1): ``[B, S/P, H, D] -> [B, S, H/P, D]``; (1, 2): the inverse."""
+        if _needs_grad(input_):
+            return DistributedAutograd.AllToAll4D.apply(self, input_, self.world_size, scatter_dim, gather_dim)
+        self._check("all_to_all_4D", input_)
+        checks.check_all_to_all_4D(self.unique_name, input_, scatter_dim, gather_dim, self.world_size)
+        pack = layout.pack_heads if scatter_dim == 2 else layout.pack_sequence
+        unpack = layout.unpack_sequence if scatter_dim == 2 else layout.unpack_heads
+        send = pack(input_, self.world_size)
+        recv = torch.empty_like(send)
+        arguments = {"scatter_dim": scatter_dim, "gather_dim": gather_dim}
+        self._issue("all_to_all_4D", input_, arguments, self.transport.all_to_all, recv, send)
+        return unpack(recv)
+
+    def all_to_all_single(
+        self,
+        input_: Tensor,
+        output_split_sizes: Sequence[int] | None = None,
+        input_split_sizes: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Part j of dim 0 goes to rank j; the received parts are concatenated. Parts are equal without split sizes."""
+        if _needs_grad(input_):
+            return DistributedAutograd.AllToAllSingle.apply(self, input_, output_split_sizes, input_split_sizes)
+        self._check("all_to_all_single", input_)
+        checks.check_all_to_all_single(self.unique_name, input_, output_split_sizes, input_split_sizes, self.world_size)
+        rows = input_.size(0) if output_split_sizes is None else sum(output_split_sizes)
+        recv = input_.new_empty((rows, *input_.shape[1:]))
+        self._issue(
+            "all_to_all_single",
+            input_,
+            {"output_split_sizes": _tuple(output_split_sizes), "input_split_sizes": _tuple(input_split_sizes)},
+            self.transport.all_to_all,
+            recv,
+            input_.contiguous(),
+            output_split_sizes,
+            input_split_sizes,
+        )
+        return recv
+
+    def broadcast(self, input_: Tensor, src: int = 0) -> Tensor:
+        """The tensor of `src`, as a new tensor, on every rank."""
+        self._check("broadcast", input_, differentiable=False)
+        checks.check_place("broadcast", self.unique_name, "src", src, self.world_size)
+        output = input_.clone(memory_format=torch.contiguous_format)
+        self._issue("broadcast", input_, {"src": src}, self.transport.broadcast, output, src)
+        return output
+
+    def gather(self, input_: Tensor, dst: int = 0, dim: int = -1) -> Tensor | None:
+        """On `dst`, the ranks' tensors concatenated along `dim`; None elsewhere."""
+        self._check("gather", input_, differentiable=False)
+        checks.check_place("gather", self.unique_name, "dst", dst, self.world_size)
+        dim = checks.check_concat("gather", self.unique_name, input_, dim)
+        recv = input_.new_empty((self.world_size, *input_.shape)) if self.rank == dst else None
+        arguments = {"dst": dst, "dim": dim}
+        self._issue("gather", input_, arguments, self.transport.gather, recv, input_.contiguous(), dst)
+        return None if recv is None else layout.unpack_chunks(recv, dim)
+
+    def shard(self, input_: Tensor, dim: int = -1, *, scale_grad: bool = False) -> Tensor:
+        """This rank's slice of `dim`; the gradient is gathered, divided by P with `scale_grad`."""
+        if _needs_grad(input_):
+            return DistributedAutograd.Slice.apply(self, input_, self.world_size, dim, scale_grad)
+        self._check("shard", input_)
+        dim = checks.check_chunks("shard", self.unique_name, input_, dim, self.world_size)
+        size = input_.size(dim) // self.world_size
+        return input_.narrow(dim, self.rank * size, size).clone(memory_format=torch.contiguous_format)
+
+    slice = shard
+
+    def send(self, tensor: Tensor, dst: int | None = None) -> None:
+        """Send to place `dst` (default: the next)."""
+        dst = (self.rank + 1) % self.world_size if dst is None else dst
+        self._check("send", tensor, differentiable=False)
+        checks.check_peer("send", self.unique_name, "dst", dst, self.rank, self.world_size)
+        # The caller may overwrite its tensor as soon as this returns.
+        buffer = tensor.clone(memory_format=torch.contiguous_format)
+        self._issue("send", tensor, {"dst": dst}, self._send, buffer, dst)
+
+    def recv(self, size: Sequence[int], dtype: torch.dtype, src: int | None = None) -> Tensor:
+        """A tensor of `size` and `dtype` from place `src` (default: the previous)."""
+        src = (self.rank - 1) % self.world_size if src is None else src
+        checks.check_peer("recv", self.unique_name, "src", src, self.rank, self.world_size)
+        output = torch.empty(tuple(size), dtype=dtype, device=self.device)
+        self._issue("recv", output, {"src": src}, self.transport.recv, output, src)
+        return output
+
+    def barrier(self) -> None:
+        """Return once every rank has called this; over the CPU group."""
+        self._issue("barrier", None, {}, dist.barrier, self.cpu_group)
+
+    def destroy(self) -> None:
+        """Release what this object holds; the process groups are their owner's."""
+
+    def _send(self, buffer: Tensor, dst: int) -> None:
+        self.transport.send(buffer, dst).wait()
+
+    def _check(self, op: str, tensor: Tensor, differentiable: bool = True) -> None:
+        checks.check_strided(op, self.unique_name, tensor)
+        checks.check_device(op, self.unique_name, tensor, self.device)
+        if not differentiable:
+            checks.check_no_grad(op, self.unique_name, tensor)
+
+    def _issue(
+        self, op: str, tensor: Tensor | None, arguments: dict[str, Any], call: Callable[..., Any], *args: Any
+    ) -> None:
+        """Record the collective, run it, and say in any error which one it was."""
+        if debug.recording():
+            debug.record(
+                debug.CollectiveRecord(
+                    group=self.unique_name,
+                    op=op,
+                    shapes=() if tensor is None else (tuple(tensor.shape),),
+                    dtype=None if tensor is None else tensor.dtype,
+                    arguments=tuple(arguments.items()),
+                    nbytes=0 if tensor is None else tensor.numel() * tensor.element_size(),
+                )
+            )
+        try:
+            call(*args)
+        except RuntimeError as error:
+            shape = "" if tensor is None else f" of {tuple(tensor.shape)} {tensor.dtype}"
+            raise RuntimeError(
+                f"{checks.where(op, self.unique_name)}{shape} failed on rank {self.rank} of {self.world_size} "
+                f"(global ranks {self.ranks}, deadline {envs.FVOPS_TIMEOUT_S:g} s): {error}"
+            ) from error
+
+
+def _needs_grad(tensor: Tensor) -> bool:
+    return tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _tuple(sizes: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if sizes is None else tuple(sizes)
+
+
+# Last, because its Functions call back into the class above.
+from fvops.device_communicators.distributed_autograd import DistributedAutograd  # noqa: E402

@@ -1,0 +1,60 @@
+"""Every environment variable that fvops reads, in one table; each is read when it is asked for, never at import.
+
+``envs.FVOPS_TIMEOUT_S`` gives the parsed value. `docs/environment.md` lists the same table for people.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["VARIABLES", "Variable"]
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable: how to parse it, what it is when unset, and what it does."""
+
+    parse: Callable[[str], Any]
+    default: Any
+    meaning: str
+
+
+def _positive_seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise ValueError("must be a finite number of seconds above 0")
+    return seconds
+
+
+def _log_level(text: str) -> str:
+    level = text.upper()
+    if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise ValueError("must be DEBUG, INFO, WARNING or ERROR")
+    return level
+
+
+VARIABLES: dict[str, Variable] = {
+    "FVOPS_TIMEOUT_S": Variable(_positive_seconds, 600.0, "deadline of every wait for other ranks, seconds"),
+    "FVOPS_LOG_LEVEL": Variable(
+        _log_level, None, "when set, the 'fvops' logger prints to stderr at this level; unset: no handler is installed"
+    ),
+    "RANK": Variable(int, 0, "this process's place in the world (set by torchrun)"),
+    "WORLD_SIZE": Variable(int, 1, "how many processes there are (set by torchrun)"),
+    "LOCAL_RANK": Variable(int, 0, "this process's place on its node (set by torchrun)"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    variable = VARIABLES.get(name)
+    if variable is None:
+        raise AttributeError(f"fvops.envs has no variable {name!r}; it knows {', '.join(VARIABLES)}")
+    text = os.environ.get(name)
+    if text is None or text == "":
+        return variable.default
+    try:
+        return variable.parse(text)
+    except ValueError as error:
+        raise ValueError(f"environment variable {name}={text!r}: {error}") from None

@@ -1,0 +1,123 @@
+"""How an op is defined: one call that gives ``torch.ops.fvops.<name>`` its schema, fake, gradient, effect and eager code.
+
+`torch.library.Library` rather than ``custom_op``, whose every call costs 10-30 us. The autograd kernel is ours for the
+same reason; it is the one place that touches dispatcher internals (checked on torch 2.11 and 2.13,
+`compile_tests/test_internals.py` fails when they move).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import _C, Tensor
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
+from torch.library import Library
+
+from fvops import compiler
+
+__all__ = ["LIBRARY", "Group", "define"]
+
+
+class Group(Protocol):
+    """What an op needs to know of a group: constants to a traced function, and guards when it is compiled."""
+
+    unique_name: str
+    world_size: int
+    rank_in_group: int
+    device: torch.device
+
+
+LIBRARY = Library("fvops", "DEF")
+
+_DispatchKey = _C.DispatchKey
+# Where our eager kernels live: with nothing above one of these left to do, the kernel may be called directly.
+_BACKENDS = frozenset({_DispatchKey.CPU, _DispatchKey.CUDA, _DispatchKey.PrivateUse1})
+
+
+def define(
+    schema: str,
+    *,
+    eager: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Tensor] | None = None,
+    refuse_grad: Callable[..., None] | None = None,
+    ordered: bool = True,
+) -> Any:
+    """Define ``fvops::<schema>`` and return its overload.
+
+    Args:
+        schema: as in ``Library.define``; a differentiable op's only tensor argument is its first.
+        eager: the implementation on real tensors.
+        fake: shapes, dtypes and strides of the result, from the arguments alone.
+        backward: ``(grad, input_shape, *other_args) -> grad_input``, written with ``torch.ops.fvops`` so that it is
+            traced, ordered and differentiable itself. None: the op has no gradient.
+        refuse_grad: called with the op's arguments when the input requires a gradient; raises if there is none.
+        ordered: the op sends something, so no compiler may drop, merge or move it. Only ops that stay on this rank
+            (`shard`) are not.
+    """
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, eager, "CompositeExplicitAutograd")
+    overload = getattr(torch.ops.fvops, name).default
+
+    def fake_with_compiler(*args: Any, **kwargs: Any) -> Any:
+        compiler.install()
+        return fake(*args, **kwargs)
+
+    torch.library.register_fake(f"fvops::{name}", fake_with_compiler, lib=LIBRARY)
+    if any(str(argument.type) == "Tensor" for argument in overload._schema.arguments):
+        LIBRARY.impl(name, _autograd_kernel(overload, eager, backward, refuse_grad), "Autograd", with_keyset=True)
+    if ordered:
+        _register_effectful_op(overload, _EffectType.ORDERED)
+        compiler.ordered_ops.append(overload)
+    return overload
+
+
+def _autograd_kernel(
+    overload: Any,
+    eager: Callable[..., Any],
+    backward: Callable[..., Tensor] | None,
+    refuse_grad: Callable[..., None] | None,
+) -> Callable[..., Any]:
+    below_autograd = _C._after_ADInplaceOrView_keyset
+    guard = _C._AutoDispatchBelowAutograd
+    is_grad_enabled = torch.is_grad_enabled
+
+    def run(keyset: Any, *args: Any) -> Any:
+        keys = keyset & below_autograd
+        with guard():
+            # Plain tensors and no mode: what the dispatcher would do next is call `eager`. Half the cost of a call.
+            if keys.highestPriorityTypeId() in _BACKENDS:
+                return eager(*args)
+            return overload.redispatch(keys, *args)
+
+    if backward is not None:
+        differentiable = _make_function(run, backward, f"{overload._opname}_backward")
+
+    def kernel(keyset: Any, input_: Tensor, *args: Any) -> Any:
+        if input_.requires_grad and is_grad_enabled():
+            if refuse_grad is not None:
+                refuse_grad(input_, *args)
+            if backward is not None:
+                return differentiable.apply(keyset, input_, *args)
+        return run(keyset, input_, *args)
+
+    return kernel
+
+
+def _make_function(run: Callable[..., Any], backward_formula: Callable[..., Tensor], name: str) -> Any:
+    class OpFunction(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, input_: Tensor, *args: Any) -> Any:
+            ctx.args = args
+            ctx.input_shape = input_.shape
+            return run(keyset, input_, *args)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            return (None, backward_formula(grad, ctx.input_shape, *ctx.args), *(None for _ in ctx.args))
+
+    OpFunction.__name__ = name
+    return OpFunction

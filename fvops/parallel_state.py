@@ -1,0 +1,441 @@
+"""The process groups of this program: world, node, tensor-, sequence- and data-parallel, and who sets them up.
+
+The getters read module globals, which Dynamo guards by the attributes a compiled function uses: after destroy and
+re-initialisation with the same topology, compiled functions go on without a new compilation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fvops import envs
+from fvops.agreement import check_same_ops
+from fvops.checks import fail
+from fvops.group_coordinator import GroupCoordinator
+from fvops.logger import init_logger
+from fvops.node import get_same_node_ranks, is_the_same_node_as
+from fvops.platforms import default_backend, local_torch_device
+
+__all__ = [
+    "GroupCoordinator",
+    "cleanup_dist_env_and_memory",
+    "destroy_distributed_environment",
+    "destroy_model_parallel",
+    "ensure_model_parallel_initialized",
+    "get_dp_group",
+    "get_dp_rank",
+    "get_dp_world_size",
+    "get_local_torch_device",
+    "get_node_group",
+    "get_same_node_ranks",
+    "get_sp_group",
+    "get_sp_parallel_rank",
+    "get_sp_world_size",
+    "get_tp_group",
+    "get_tp_rank",
+    "get_tp_world_size",
+    "get_world_group",
+    "get_world_rank",
+    "get_world_size",
+    "init_distributed_environment",
+    "init_model_parallel_group",
+    "init_world_group",
+    "initialize_model_parallel",
+    "initialize_sequence_parallel_group",
+    "initialize_tensor_parallel_group",
+    "is_the_same_node_as",
+    "maybe_init_distributed_environment_and_model_parallel",
+    "model_parallel_is_initialized",
+    "patch_sequence_parallel_group",
+    "patch_tensor_parallel_group",
+]
+
+logger = init_logger(__name__)
+
+_WORLD: GroupCoordinator | None = None
+_NODE: GroupCoordinator | None = None
+_TP: GroupCoordinator | None = None
+_SP: GroupCoordinator | None = None
+_DP: GroupCoordinator | None = None
+# Did we start torch.distributed? Only then do we stop it.
+_STARTED_TORCH_DISTRIBUTED = False
+_TP_PATCHED = False
+_SP_PATCHED = False
+
+
+def get_world_group() -> GroupCoordinator:
+    """All ranks. RuntimeError before `init_distributed_environment`."""
+    if _WORLD is None:
+        fail(RuntimeError, "the world group is not initialized; call init_distributed_environment first")
+    return _WORLD
+
+
+def get_node_group() -> GroupCoordinator:
+    """The ranks that share this node. RuntimeError before `init_distributed_environment`."""
+    if _NODE is None:
+        fail(RuntimeError, "the node group is not initialized; call init_distributed_environment first")
+    return _NODE
+
+
+def get_tp_group() -> GroupCoordinator:
+    """The current tensor-parallel group. RuntimeError before `initialize_model_parallel`."""
+    if _TP is None:
+        fail(RuntimeError, "the tensor-parallel group is not initialized; call initialize_model_parallel first")
+    return _TP
+
+
+def get_sp_group() -> GroupCoordinator:
+    """The current sequence-parallel group. RuntimeError before `initialize_model_parallel`."""
+    if _SP is None:
+        fail(RuntimeError, "the sequence-parallel group is not initialized; call initialize_model_parallel first")
+    return _SP
+
+
+def get_dp_group() -> GroupCoordinator:
+    """The data-parallel group. RuntimeError before `initialize_model_parallel`."""
+    if _DP is None:
+        fail(RuntimeError, "the data-parallel group is not initialized; call initialize_model_parallel first")
+    return _DP
+
+
+def get_world_size() -> int:
+    """Number of ranks in the world."""
+    return get_world_group().world_size
+
+
+def get_world_rank() -> int:
+    """This rank's place in the world."""
+    return get_world_group().rank_in_group
+
+
+def get_tp_world_size() -> int:
+    """Number of ranks in the tensor-parallel group."""
+    return get_tp_group().world_size
+
+
+def get_tp_rank() -> int:
+    """This rank's place in the tensor-parallel group."""
+    return get_tp_group().rank_in_group
+
+
+def get_sp_world_size() -> int:
+    """Number of ranks in the sequence-parallel group."""
+    return get_sp_group().world_size
+
+
+def get_sp_parallel_rank() -> int:
+    """This rank's place in the sequence-parallel group."""
+    return get_sp_group().rank_in_group
+
+
+def get_dp_world_size() -> int:
+    """Number of ranks in the data-parallel group."""
+    return get_dp_group().world_size
+
+
+def get_dp_rank() -> int:
+    """This rank's place in the data-parallel group."""
+    return get_dp_group().rank_in_group
+
+
+def get_local_torch_device() -> torch.device:
+    """``cuda:LOCAL_RANK``, ``npu:LOCAL_RANK``, else ``cpu``."""
+    return local_torch_device(envs.LOCAL_RANK)
+
+
+def init_distributed_environment(
+    world_size: int = 1,
+    rank: int = 0,
+    distributed_init_method: str = "env://",
+    local_rank: int = 0,
+    backend: str | None = None,
+    device_id: torch.device | None = None,
+) -> None:
+    """Start torch.distributed if it is not started, then build the world and node groups. Collective.
+
+    Args:
+        backend: None picks nccl on CUDA, hccl on NPU, gloo on CPU.
+        device_id: handed to ``init_process_group``; the groups' device.
+
+    Raises:
+        RuntimeError: already initialized with another world size or rank, or the ranks run different fvops.
+    """
+    global _WORLD, _NODE, _STARTED_TORCH_DISTRIBUTED
+    if _WORLD is not None:
+        if (_WORLD.world_size, _WORLD.rank) != (world_size, rank):
+            raise RuntimeError(
+                f"the world is initialized already, as rank {_WORLD.rank} of {_WORLD.world_size}; "
+                f"asked for rank {rank} of {world_size}. Call destroy_distributed_environment first"
+            )
+        return
+    backend = default_backend() if backend is None else backend
+    if not dist.is_initialized():
+        dist.init_process_group(
+            backend=backend,
+            init_method=distributed_init_method,
+            world_size=world_size,
+            rank=rank,
+            timeout=timedelta(seconds=envs.FVOPS_TIMEOUT_S),
+            device_id=device_id,
+        )
+        _STARTED_TORCH_DISTRIBUTED = True
+    elif (dist.get_world_size(), dist.get_rank()) != (world_size, rank):
+        raise RuntimeError(
+            f"torch.distributed runs as rank {dist.get_rank()} of {dist.get_world_size()}; "
+            f"asked for rank {rank} of {world_size}"
+        )
+    everyone = list(range(world_size))
+    world = GroupCoordinator([everyone], local_rank, backend, False, group_name="world", device=device_id)
+    try:
+        check_same_ops(world.cpu_group)
+        nodes = _node_ranks(world.cpu_group, world_size)
+        node = init_model_parallel_group(nodes, local_rank, backend, group_name="node", device=world.device)
+    except BaseException:
+        world.destroy()
+        raise
+    _WORLD, _NODE = world, node
+
+
+def _node_ranks(cpu_group: dist.ProcessGroup, world_size: int) -> list[list[int]]:
+    """The world's ranks, node by node."""
+    nodes: list[list[int]] = []
+    while (seen := sum(map(len, nodes))) < world_size:
+        first = next(rank for rank in range(world_size) if not any(rank in ranks for ranks in nodes))
+        nodes.append(get_same_node_ranks(cpu_group, first))
+        if sum(map(len, nodes)) <= seen:
+            raise RuntimeError(f"rank {first} cannot read its own shared memory file; is /dev/shm full?")
+    return nodes
+
+
+def init_world_group(ranks: list[int], local_rank: int, backend: str) -> GroupCoordinator:
+    """A coordinator named "world" over `ranks`, without a device communicator."""
+    return GroupCoordinator([ranks], local_rank, backend, use_device_communicator=False, group_name="world")
+
+
+def init_model_parallel_group(
+    group_ranks: list[list[int]],
+    local_rank: int,
+    backend: str,
+    use_message_queue_broadcaster: bool = False,
+    group_name: str | None = None,
+    device: torch.device | None = None,
+) -> GroupCoordinator:
+    """A coordinator with a device communicator, over the group in `group_ranks` that this rank is in."""
+    return GroupCoordinator(
+        group_ranks,
+        local_rank,
+        backend,
+        use_device_communicator=True,
+        use_message_queue_broadcaster=use_message_queue_broadcaster,
+        group_name=group_name,
+        device=device,
+    )
+
+
+def _consecutive(world_size: int, size: int, what: str) -> list[list[int]]:
+    if size < 1 or world_size % size != 0:
+        raise ValueError(f"{what}={size} must divide the world size {world_size}")
+    return [list(range(start, start + size)) for start in range(0, world_size, size)]
+
+
+def initialize_model_parallel(
+    tensor_model_parallel_size: int = 1,
+    sequence_model_parallel_size: int = 1,
+    data_parallel_size: int = 1,
+    backend: str | None = None,
+) -> None:
+    """Build the TP and SP groups, of consecutive ranks, and the DP groups ``range(i, world, sp)``. Collective.
+
+    Args:
+        data_parallel_size: 1 derives it as world / sp; another value must equal that.
+
+    Raises:
+        ValueError: a size does not divide the world, or the data-parallel size does not fit.
+        RuntimeError: already initialized, or no world yet.
+    """
+    global _TP, _SP, _DP
+    world = get_world_group()
+    if _TP is not None or _SP is not None or _DP is not None:
+        raise RuntimeError("model-parallel groups are initialized already; call destroy_model_parallel first")
+    tp_ranks = _consecutive(world.world_size, tensor_model_parallel_size, "tensor_model_parallel_size")
+    sp_ranks = _consecutive(world.world_size, sequence_model_parallel_size, "sequence_model_parallel_size")
+    derived = world.world_size // sequence_model_parallel_size
+    if data_parallel_size not in (1, derived):
+        raise ValueError(
+            f"data_parallel_size={data_parallel_size} must be 1 (derive it) or world size {world.world_size} / "
+            f"sequence_model_parallel_size {sequence_model_parallel_size} = {derived}"
+        )
+    dp_ranks = [
+        list(range(start, world.world_size, sequence_model_parallel_size))
+        for start in range(sequence_model_parallel_size)
+    ]
+    _TP = _over_world(world, tp_ranks, "tp", backend)
+    _SP = _over_world(world, sp_ranks, "sp", backend)
+    _DP = _over_world(world, dp_ranks, "dp", backend)
+
+
+def ensure_model_parallel_initialized(
+    tensor_model_parallel_size: int,
+    sequence_model_parallel_size: int,
+    data_parallel_size: int = 1,
+    backend: str | None = None,
+) -> None:
+    """`initialize_model_parallel` if needed, else check that the sizes agree (RuntimeError)."""
+    if not model_parallel_is_initialized():
+        initialize_model_parallel(tensor_model_parallel_size, sequence_model_parallel_size, data_parallel_size, backend)
+        return
+    asked = {"tensor": tensor_model_parallel_size, "sequence": sequence_model_parallel_size}
+    have = {"tensor": get_tp_world_size(), "sequence": get_sp_world_size()}
+    if data_parallel_size != 1:
+        asked["data"], have["data"] = data_parallel_size, get_dp_world_size()
+    if asked != have:
+        raise RuntimeError(f"model-parallel groups are initialized with sizes {have}; asked for {asked}")
+
+
+def maybe_init_distributed_environment_and_model_parallel(
+    tp_size: int, sp_size: int, distributed_init_method: str = "env://"
+) -> None:
+    """Both initialisers, from ``RANK``, ``LOCAL_RANK`` and ``WORLD_SIZE``; sets the current CUDA or NPU device.
+
+    A no-op when already done with the same sizes.
+
+    Raises:
+        RuntimeError: already done with others.
+    """
+    if _WORLD is not None and model_parallel_is_initialized():
+        ensure_model_parallel_initialized(tp_size, sp_size)
+        return
+    device = get_local_torch_device()
+    if device.type != "cpu":
+        getattr(torch, device.type).set_device(device)
+    init_distributed_environment(
+        world_size=envs.WORLD_SIZE,
+        rank=envs.RANK,
+        distributed_init_method=distributed_init_method,
+        local_rank=envs.LOCAL_RANK,
+        device_id=None if device.type == "cpu" else device,
+    )
+    ensure_model_parallel_initialized(tp_size, sp_size)
+
+
+def model_parallel_is_initialized() -> bool:
+    """Do the TP, SP and DP groups all exist?"""
+    return _TP is not None and _SP is not None and _DP is not None
+
+
+def initialize_tensor_parallel_group(
+    tensor_model_parallel_size: int = 1, backend: str | None = None, group_name_suffix: str = ""
+) -> GroupCoordinator:
+    """One more TP group, for a second model with another degree; named ``tp_{suffix}``. Collective over the world.
+
+    Raises:
+        ValueError: the size does not divide the world.
+    """
+    return _another_group("tp", tensor_model_parallel_size, "tensor_model_parallel_size", backend, group_name_suffix)
+
+
+def initialize_sequence_parallel_group(
+    sequence_model_parallel_size: int = 1, backend: str | None = None, group_name_suffix: str = ""
+) -> GroupCoordinator:
+    """One more SP group, for a second model with another degree; named ``sp_{suffix}``. Collective over the world.
+
+    Raises:
+        ValueError: the size does not divide the world.
+    """
+    size = sequence_model_parallel_size
+    return _another_group("sp", size, "sequence_model_parallel_size", backend, group_name_suffix)
+
+
+def _another_group(kind: str, size: int, what: str, backend: str | None, suffix: str) -> GroupCoordinator:
+    world = get_world_group()
+    ranks = _consecutive(world.world_size, size, what)
+    return _over_world(world, ranks, f"{kind}_{suffix}" if suffix else kind, backend)
+
+
+def _over_world(
+    world: GroupCoordinator, group_ranks: list[list[int]], name: str, backend: str | None
+) -> GroupCoordinator:
+    """A coordinator on the world's device and, unless `backend` says otherwise, its backend."""
+    same = backend is None or backend == dist.get_backend(world.device_group)
+    return init_model_parallel_group(
+        group_ranks,
+        world.local_rank,
+        backend or dist.get_backend(world.device_group),
+        # TP groups carry the engine's control messages, for which a message queue is planned.
+        use_message_queue_broadcaster=name.startswith("tp"),
+        group_name=name,
+        device=world.device if same else None,
+    )
+
+
+@contextlib.contextmanager
+def patch_tensor_parallel_group(tp_group: GroupCoordinator) -> Iterator[None]:
+    """Inside, `tp_group` is the current TP group. Nesting raises RuntimeError."""
+    global _TP, _TP_PATCHED
+    if _TP_PATCHED:
+        fail(RuntimeError, "the tensor-parallel group is patched already; patches do not nest")
+    previous, _TP, _TP_PATCHED = _TP, tp_group, True
+    try:
+        yield
+    finally:
+        _TP, _TP_PATCHED = previous, False
+
+
+@contextlib.contextmanager
+def patch_sequence_parallel_group(sp_group: GroupCoordinator) -> Iterator[None]:
+    """Inside, `sp_group` is the current SP group. Nesting raises RuntimeError."""
+    global _SP, _SP_PATCHED
+    if _SP_PATCHED:
+        fail(RuntimeError, "the sequence-parallel group is patched already; patches do not nest")
+    previous, _SP, _SP_PATCHED = _SP, sp_group, True
+    try:
+        yield
+    finally:
+        _SP, _SP_PATCHED = previous, False
+
+
+def destroy_model_parallel() -> None:
+    """Destroy the TP, SP and DP groups, those that exist."""
+    global _TP, _SP, _DP
+    for group in (_TP, _SP, _DP):
+        if group is not None:
+            group.destroy()
+    _TP = _SP = _DP = None
+
+
+def destroy_distributed_environment() -> None:
+    """Destroy the world and node groups, and stop torch.distributed if fvops started it. Safe in any state."""
+    global _WORLD, _NODE, _STARTED_TORCH_DISTRIBUTED
+    for group in (_NODE, _WORLD):
+        if group is not None:
+            group.destroy()
+    _WORLD = _NODE = None
+    if _STARTED_TORCH_DISTRIBUTED and dist.is_initialized():
+        dist.destroy_process_group()
+    _STARTED_TORCH_DISTRIBUTED = False
+
+
+def cleanup_dist_env_and_memory(shutdown_ray: bool = False) -> None:
+    """Destroy every group of this module, stop torch.distributed if fvops started it, and free cached device memory.
+
+    Args:
+        shutdown_ray: also shut Ray down (it must be installed).
+    """
+    destroy_model_parallel()
+    destroy_distributed_environment()
+    if shutdown_ray:
+        import ray
+
+        ray.shutdown()
+    gc.collect()
+    device = get_local_torch_device()
+    if device.type != "cpu":
+        _accelerator: Any = getattr(torch, device.type)
+        _accelerator.empty_cache()

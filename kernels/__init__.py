@@ -1,0 +1,1 @@
+"""Layout kernels: how a tensor is packed for an exchange and unpacked after it."""
