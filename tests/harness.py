@@ -1,0 +1,241 @@
+"""Tests over real processes: n ranks on this machine that serve one test after another.
+
+`Ranks(n).run(function, *args)` calls ``function(*args)`` on every rank and returns the ranks' results. The function is a
+module's top-level function; arguments and results are what `torch.save` takes. Workers are spawned once per world size
+(importing torch costs seconds) and hold an initialized fvops with one sequence-parallel group over all ranks.
+
+Every run has a deadline. When it passes, every rank's Python stacks and log are printed and all are killed. An error of
+any rank is raised with its own traceback. After either, the next run gets new processes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import importlib
+import io
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["RankFailure", "Ranks"]
+
+# Once one rank has failed, how long the others get to report too.
+_GRACE_S = 5.0
+_STACKS_S = 3.0
+
+
+class RankFailure(AssertionError):
+    """A rank raised, died, or was not done at the deadline; the text holds every rank's story."""
+
+
+class Ranks:
+    """The workers of one world size; `Ranks.get(n)` shares them between tests."""
+
+    _pools: dict[int, Ranks] = {}  # noqa: RUF012  (one registry for the test process)
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._folder = Path(tempfile.mkdtemp(prefix=f"fvops-ranks{world_size}-"))
+        self._jobs = 0
+        context = multiprocessing.get_context("spawn")
+        self._connections: list[Connection] = []
+        self._processes: list[Any] = []
+        for rank in range(world_size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, str(self._folder), there), daemon=True)
+            process.start()
+            there.close()
+            self._connections.append(here)
+            self._processes.append(process)
+
+    @classmethod
+    def get(cls, world_size: int) -> Ranks:
+        """The shared workers, spawned at first use and after each failure."""
+        if world_size not in cls._pools:
+            cls._pools[world_size] = cls(world_size)
+        return cls._pools[world_size]
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        deadline_s: float = 120.0,
+        initialize: bool = True,
+        cache: str | None = None,
+    ) -> list[Any]:
+        """Call ``function(*args)`` on every rank; the results in rank order.
+
+        Args:
+            deadline_s: seconds until all ranks are killed.
+            initialize: have fvops initialized (sp = world size); otherwise it is torn down first.
+            cache: compile cache folder shared by the ranks; default a fresh one, removed afterwards.
+        """
+        self._jobs += 1
+        folder = cache or tempfile.mkdtemp(prefix="cache-", dir=self._folder)
+        job = (function.__module__, function.__qualname__, args, initialize, folder, self._jobs)
+        message = _dump(job)
+        for connection in self._connections:
+            connection.send_bytes(message)
+        try:
+            return self._collect(function.__qualname__, deadline_s)
+        finally:
+            if cache is None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _collect(self, name: str, deadline_s: float) -> list[Any]:
+        replies: dict[int, tuple[str, Any]] = {}
+        until = time.monotonic() + deadline_s
+        while len(replies) < self.world_size:
+            waiting = {self._connections[rank]: rank for rank in range(self.world_size) if rank not in replies}
+            ready = wait(list(waiting), timeout=max(0.0, until - time.monotonic()))
+            if not ready:
+                break
+            for connection in ready:
+                rank = waiting[connection]  # type: ignore[index]
+                try:
+                    replies[rank] = _load(connection.recv_bytes())  # type: ignore[union-attr]
+                except EOFError:
+                    self._processes[rank].join(5)
+                    replies[rank] = ("died", f"exit code {self._processes[rank].exitcode}")
+                if replies[rank][0] != "ok":
+                    until = min(until, time.monotonic() + _GRACE_S)
+        if len(replies) == self.world_size and all(kind == "ok" for kind, _ in replies.values()):
+            return [replies[rank][1] for rank in range(self.world_size)]
+        failed = any(kind != "ok" for kind, _ in replies.values())
+        what = "failed" if failed else f"was not done after {deadline_s:g} s"
+        text = f"{name} on {self.world_size} ranks {what}\n{self._stories(replies)}"
+        self.kill()
+        raise RankFailure(text)
+
+    def _stories(self, replies: dict[int, tuple[str, Any]]) -> str:
+        silent = [rank for rank in range(self.world_size) if rank not in replies]
+        for rank in silent:
+            os.kill(self._processes[rank].pid, signal.SIGUSR1)  # faulthandler writes the stacks into the log
+        self._wait_for_stacks(silent)
+        parts = []
+        for rank in range(self.world_size):
+            kind, value = replies.get(rank, ("no answer", "see its stacks in the log"))
+            parts.append(f"--- rank {rank}: {kind}\n{'' if kind == 'ok' else value}")
+            log = (self._folder / f"rank{rank}.log").read_text(errors="replace")
+            if kind != "ok" and log.strip():
+                parts.append(f"--- rank {rank}'s log\n{log[-6000:]}")
+        return "\n".join(parts)
+
+    def _wait_for_stacks(self, ranks: list[int]) -> None:
+        until = time.monotonic() + _STACKS_S
+        logs = [self._folder / f"rank{rank}.log" for rank in ranks]
+        while time.monotonic() < until and not all("most recent call first" in log.read_text() for log in logs):
+            wait([process.sentinel for process in self._processes], timeout=0.05)
+
+    def kill(self) -> None:
+        """End the workers now and remove their folder."""
+        for process in self._processes:
+            if process.is_alive():
+                process.kill()
+        for process in self._processes:
+            process.join()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        if Ranks._pools.get(self.world_size) is self:
+            del Ranks._pools[self.world_size]
+
+
+@atexit.register
+def _kill_all() -> None:
+    for pool in list(Ranks._pools.values()):
+        pool.kill()
+
+
+def _dump(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _load(data: bytes) -> Any:
+    # Our own processes on a pipe: no stranger's bytes.
+    return torch.load(io.BytesIO(data), weights_only=False)
+
+
+def _serve(rank: int, world_size: int, folder: str, connection: Connection) -> None:
+    """A worker's life: read a job, run it, answer."""
+    log = open(os.path.join(folder, f"rank{rank}.log"), "w", buffering=1)  # noqa: SIM115  (open for life)
+    os.dup2(log.fileno(), sys.stdout.fileno())
+    os.dup2(log.fileno(), sys.stderr.fileno())
+    faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.setdefault("FVOPS_TIMEOUT_S", "60")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    torch.set_num_threads(1)
+    while True:
+        try:
+            message = connection.recv_bytes()
+        except EOFError:
+            return
+        try:
+            reply = ("ok", _run_job(folder, *_load(message)))
+        except BaseException:  # whatever it was, the parent shows it
+            reply = ("raised", traceback.format_exc())
+        try:
+            connection.send_bytes(_dump(reply))
+        except Exception:
+            connection.send_bytes(_dump(("cannot be sent back", traceback.format_exc())))
+
+
+def _run_job(
+    folder: str, module: str, name: str, args: tuple[Any, ...], initialize: bool, cache: str, number: int
+) -> Any:
+    import fvops
+    from fvops import parallel_state
+
+    torch._dynamo.reset()
+    function = importlib.import_module(module)
+    for part in name.split("."):
+        function = getattr(function, part)
+    os.environ["FVOPS_TEST_INIT"] = f"file://{folder}/store{number}"
+    if not initialize:
+        fvops.cleanup_dist_env_and_memory()
+    elif not parallel_state.model_parallel_is_initialized():
+        init_fvops()
+    with compile_cache(cache):
+        return function(*args)
+
+
+def init_fvops(tp_size: int = 1, sp_size: int | None = None, suffix: str = "") -> None:
+    """Initialize fvops in a worker, over a store of its own (`suffix` tells several in one job apart)."""
+    import fvops
+
+    fvops.maybe_init_distributed_environment_and_model_parallel(
+        tp_size,
+        int(os.environ["WORLD_SIZE"]) if sp_size is None else sp_size,
+        distributed_init_method=os.environ["FVOPS_TEST_INIT"] + suffix,
+    )
+
+
+@contextlib.contextmanager
+def compile_cache(folder: str) -> Iterator[None]:
+    """A context in which compiled artifacts are looked for and left in `folder` only, and none are in memory."""
+    inductor = sys.modules.get("torch._inductor.utils")
+    if inductor is not None:
+        inductor.clear_caches()
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        else:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
