@@ -6,6 +6,7 @@ the same in all three.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -45,6 +46,11 @@ def fail(kind: type[Exception], message: str) -> NoReturn:
     raise kind(message)
 
 
+def _number(size: int) -> int:
+    """A size for a message: a traced one is symbolic, and Dynamo formats only constants (`int` leaves it symbolic)."""
+    return operator.index(size)
+
+
 def where(op: str, group_name: str) -> str:
     """How every message begins: the op and the group."""
     return f"fvops.{op} on group {group_name!r}"
@@ -69,7 +75,7 @@ def check_dim(op: str, group_name: str, tensor: Tensor, dim: int) -> int:
     """`dim` counted from the front; ValueError when the tensor has no such dim."""
     ndim = tensor.dim()
     if not -ndim <= dim < ndim:
-        fail(ValueError, f"{where(op, group_name)}: dim {dim} is out of range for a tensor with {ndim} dims")
+        fail(ValueError, f"{where(op, group_name)}: dim {_number(dim)} is out of range for a tensor with {ndim} dims")
     return dim if dim >= 0 else dim + ndim
 
 
@@ -78,7 +84,7 @@ def check_divisible(op: str, group_name: str, what: str, size: int, world_size: 
     if size % world_size != 0:
         fail(
             ValueError,
-            f"{where(op, group_name)}: {what} has size {size}, which is not divisible by world_size {world_size}",
+            f"{where(op, group_name)}: {what} has size {_number(size)}, which is not divisible by world_size {_number(world_size)}",
         )
 
 
@@ -87,8 +93,8 @@ def check_place(op: str, group_name: str, what: str, place: int, world_size: int
     if not 0 <= place < world_size:
         fail(
             ValueError,
-            f"{where(op, group_name)}: {what}={place} is not a place in the group; "
-            f"places are 0 to {world_size - 1} (global ranks are not accepted)",
+            f"{where(op, group_name)}: {what}={_number(place)} is not a place in the group; "
+            f"places are 0 to {_number(world_size - 1)} (global ranks are not accepted)",
         )
 
 
@@ -125,7 +131,7 @@ def check_all_to_all_4D(
     if (scatter_dim, gather_dim) not in ((2, 1), (1, 2)):
         fail(
             ValueError,
-            f"{where(op, group_name)}: scatter_dim={scatter_dim}, gather_dim={gather_dim} is not supported; "
+            f"{where(op, group_name)}: scatter_dim={_number(scatter_dim)}, gather_dim={_number(gather_dim)} is not supported; "
             "use (2, 1), sequence shards in and head shards out, or (1, 2), its inverse",
         )
     name = "dim 2 (heads)" if scatter_dim == 2 else "dim 1 (sequence)"
@@ -153,16 +159,16 @@ def check_all_to_all_single(
         if len(sizes) != world_size:
             fail(
                 ValueError,
-                f"{where(op, group_name)}: {what} has {len(sizes)} sizes, needs one for each of {world_size} ranks",
+                f"{where(op, group_name)}: {what} has {_number(len(sizes))} sizes, needs one for each of {_number(world_size)} ranks",
             )
         for size in sizes:
             if size < 0:
-                fail(ValueError, f"{where(op, group_name)}: {what} has a negative size {size}")
+                fail(ValueError, f"{where(op, group_name)}: {what} has a negative size {_number(size)}")
     if sum(input_split_sizes) != input_.size(0):
         fail(
             ValueError,
-            f"{where(op, group_name)}: input_split_sizes add up to {sum(input_split_sizes)}, "
-            f"but dim 0 of the input has size {input_.size(0)}",
+            f"{where(op, group_name)}: input_split_sizes add up to {_number(sum(input_split_sizes))}, "
+            f"but dim 0 of the input has size {_number(input_.size(0))}",
         )
 
 
@@ -170,7 +176,7 @@ def check_chunks(op: str, group_name: str, input_: Tensor, dim: int, world_size:
     """`dim` counted from the front; ValueError when the input is not dense or `dim` does not split evenly."""
     check_strided(op, group_name, input_)
     dim = check_dim(op, group_name, input_, dim)
-    check_divisible(op, group_name, f"dim {dim}", input_.size(dim), world_size)
+    check_divisible(op, group_name, f"dim {_number(dim)}", input_.size(dim), world_size)
     return dim
 
 
@@ -184,7 +190,10 @@ def check_peer(op: str, group_name: str, what: str, peer: int, rank: int, world_
     """ValueError unless `peer` is another place of the group."""
     check_place(op, group_name, what, peer, world_size)
     if peer == rank:
-        fail(ValueError, f"{where(op, group_name)}: {what}={peer} is this rank itself; a peer must be another rank")
+        fail(
+            ValueError,
+            f"{where(op, group_name)}: {what}={_number(peer)} is this rank itself; a peer must be another rank",
+        )
 
 
 def check_own_rank(op: str, group_name: str, rank: int, own_rank: int) -> None:

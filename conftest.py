@@ -1,0 +1,5 @@
+"""Fixtures of both test folders."""
+
+from tests.fixtures import ranks, two_ranks
+
+__all__ = ["ranks", "two_ranks"]
