@@ -1,0 +1,72 @@
+"""The torch internals that fvops stands on. A failure here says that upstream moved, and names the module to look at."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import _C
+
+
+def test_dispatcher_parts_of_the_autograd_kernel() -> None:
+    """fvops/ops/_define.py."""
+    keys = _C._after_ADInplaceOrView_keyset
+    assert keys.has(_C.DispatchKey.CPU)
+    assert not keys.has(_C.DispatchKey.AutogradCPU)
+    assert not keys.has(_C.DispatchKey.ADInplaceOrView)
+    only_cpu = _C.DispatchKeySet(_C.DispatchKey.CPU)
+    assert (only_cpu & keys).highestPriorityTypeId() == _C.DispatchKey.CPU
+    # A mode must outrank the back end, or the kernel would skip it.
+    with_mode = only_cpu.add(_C.DispatchKey.Python).add(_C.DispatchKey.Functionalize)
+    assert (with_mode & keys).highestPriorityTypeId() not in (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
+    with _C._AutoDispatchBelowAutograd():
+        assert not torch.ones(1, requires_grad=True).mul(2).requires_grad
+
+
+def test_effect_registration() -> None:
+    """fvops/ops/_define.py."""
+    from torch._higher_order_ops.effects import _EffectType, _register_effectful_op, with_effects
+
+    assert hasattr(_EffectType, "ORDERED")
+    assert callable(_register_effectful_op)
+    assert f"{with_effects.__module__}.{with_effects.__name__}" == "torch.ops.higher_order.with_effects"
+
+
+def test_inductor_parts_of_the_lowering() -> None:
+    """fvops/compiler/ordered_lowering.py."""
+    from torch._inductor import ir
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.lowering import lowerings, register_lowering
+
+    kernel = ir._CollectiveKernel
+    parameters = list(inspect.signature(kernel.create_out_of_place).parameters)
+    assert parameters[:2] == ["kernel", "inputs"]
+    assert list(inspect.signature(kernel.process_kernel).parameters)[:1] == ["kernel"]
+    assert callable(kernel.get_operation_name)
+    assert "device" in inspect.signature(ir.NoneLayout).parameters
+    assert callable(register_lowering)
+    assert torch.ops.higher_order.with_effects in lowerings
+    source = inspect.getsource(GraphLowering.__init__)
+    assert "self.additional_buffer_deps" in source
+    assert "self.effectful_ops" in source
+
+
+def test_the_scheduler_reads_our_dependency_by_operation_name() -> None:
+    """fvops/compiler/ordered_lowering.py."""
+    from torch._inductor import scheduler
+
+    source = inspect.getsource(scheduler.Scheduler.compute_dependencies)
+    assert "V.graph.additional_buffer_deps[node.get_name()]" in source
+
+
+def test_cache_keys_hold_the_mark() -> None:
+    """fvops/compiler/cache.py."""
+    from torch._inductor import config
+
+    from fvops import compiler
+    from fvops.compiler.cache import salt
+
+    compiler.install()
+    assert config.unsafe_marked_cacheable_functions["torch.ops.higher_order.with_effects"] == salt()
+    assert salt() in str(config.save_config_portable(ignore_private_configs=False))
+    assert torch.ops.higher_order.with_effects.cacheable()
