@@ -13,7 +13,7 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	@echo "== test: tests/ and compile_tests/, without those marked slow"
-	$(BIN)/python -m pytest -m "not slow" --durations=10
+	$(BIN)/python -m pytest -m "not slow" --durations=15
 
 test-slow: $(VENV)/ready
 	@echo "== test-slow: what takes minutes or gigabytes"

@@ -1,4 +1,4 @@
-"""Fixtures for all tests that run over several ranks."""
+"""Fixtures for all tests that run over several ranks; the root conftest.py offers them to both test folders."""
 
 from __future__ import annotations
 
