@@ -63,9 +63,7 @@ def programs(draw: st.DrawFn, world_size: int, length: int = 9) -> list[Step]:
     return steps
 
 
-def _draw_step(
-    draw: st.DrawFn, kind: str, index: int, group: str, shape: tuple[int, ...], P: int
-) -> Step | None:
+def _draw_step(draw: st.DrawFn, kind: str, index: int, group: str, shape: tuple[int, ...], P: int) -> Step | None:
     place = draw(st.integers(0, P - 1))
     head = (kind, index, group)
     numel = shape[0] * shape[1] * shape[2] * shape[3]

@@ -105,61 +105,81 @@ def block_graphs() -> dict[str, str]:
 
 
 def test_tensor_model_parallel_all_reduce(helper_graphs: dict[str, str]) -> None:
-    _assert_graph(helper_graphs["tensor_model_parallel_all_reduce"], """\
+    _assert_graph(
+        helper_graphs["tensor_model_parallel_all_reduce"],
+        """\
 def forward(self, L_x_):
     l_x_ = L_x_
     return (l_x_,)
-""")
+""",
+    )
 
 
 def test_tensor_model_parallel_all_gather(helper_graphs: dict[str, str]) -> None:
-    _assert_graph(helper_graphs["tensor_model_parallel_all_gather"], """\
+    _assert_graph(
+        helper_graphs["tensor_model_parallel_all_gather"],
+        """\
 def forward(self, L_x_):
     l_x_ = L_x_
     return (l_x_,)
-""")
+""",
+    )
 
 
 def test_sequence_model_parallel_all_to_all_4D(helper_graphs: dict[str, str]) -> None:
-    _assert_graph(helper_graphs["sequence_model_parallel_all_to_all_4D"], """\
+    _assert_graph(
+        helper_graphs["sequence_model_parallel_all_to_all_4D"],
+        """\
 def forward(self, L_x_):
     l_x_ = L_x_
     all_to_all_4d_default = torch.ops.fvops.all_to_all_4D.default(l_x_, 2, 1, 2, 'sp:0')
     return (all_to_all_4d_default,)
-""")
+""",
+    )
 
 
 def test_sequence_model_parallel_all_gather(helper_graphs: dict[str, str]) -> None:
-    _assert_graph(helper_graphs["sequence_model_parallel_all_gather"], """\
+    _assert_graph(
+        helper_graphs["sequence_model_parallel_all_gather"],
+        """\
 def forward(self, L_x_):
     l_x_ = L_x_
     all_gather_default = torch.ops.fvops.all_gather.default(l_x_, 1, 2, 'sp:0')
     return (all_gather_default,)
-""")
+""",
+    )
 
 
 def test_sequence_model_parallel_shard(helper_graphs: dict[str, str]) -> None:
-    _assert_graph(helper_graphs["sequence_model_parallel_shard"], """\
+    _assert_graph(
+        helper_graphs["sequence_model_parallel_shard"],
+        """\
 def forward(self, L_x_):
     l_x_ = L_x_
     input_ = torch._C._nn.pad(l_x_, [0, 0, 0, 0, 0, 1], 'constant', 0.0)
     shard_default = torch.ops.fvops.shard.default(input_, 1, True, 0, 2, 'sp:0')
     return (shard_default,)
-""")
+""",
+    )
 
 
 def test_sequence_model_parallel_all_gather_with_unpad(helper_graphs: dict[str, str]) -> None:
-    _assert_graph(helper_graphs["sequence_model_parallel_all_gather_with_unpad"], """\
+    _assert_graph(
+        helper_graphs["sequence_model_parallel_all_gather_with_unpad"],
+        """\
 def forward(self, L_x_):
     l_x_ = L_x_
     all_gather_default = torch.ops.fvops.all_gather.default(l_x_, 1, 2, 'sp:0')
     narrow = all_gather_default.narrow(1, 0, 5)
     return (narrow,)
-""")
+""",
+    )
 
 
 def test_ulysses_attention_dynamo(block_graphs: dict[str, str]) -> None:
-    _assert_graph(block_graphs["dynamo"], """\
+    _assert_graph(
+        block_graphs["dynamo"],
+        """\
 def forward(self, L_q_, L_k_, L_v_):
     l_q_ = L_q_
     l_k_ = L_k_
@@ -174,11 +194,14 @@ def forward(self, L_q_, L_k_, L_v_):
     out = scaled_dot_product_attention.transpose(1, 2)
     all_to_all_4d_default_3 = torch.ops.fvops.all_to_all_4D.default(out, 1, 2, 2, 'sp:0')
     return (all_to_all_4d_default_3,)
-""")
+""",
+    )
 
 
 def test_ulysses_attention_forward(block_graphs: dict[str, str]) -> None:
-    _assert_graph(block_graphs["forward"], """\
+    _assert_graph(
+        block_graphs["forward"],
+        """\
 def forward(self, primals_1, primals_2, primals_3, primals_4):
     with_effects = torch.ops.higher_order.with_effects(primals_1, torch.ops.fvops.all_to_all_4D.default, primals_2, 2, 1, 2, 'sp:0')
     getitem = with_effects[0]
@@ -201,11 +224,14 @@ def forward(self, primals_1, primals_2, primals_3, primals_4):
     getitem_8 = with_effects_3[0]
     getitem_9 = with_effects_3[1]
     return (getitem_8, getitem_9, transpose, transpose_1, transpose_2, getitem_7, detach)
-""")
+""",
+    )
 
 
 def test_ulysses_attention_backward(block_graphs: dict[str, str]) -> None:
-    _assert_graph(block_graphs["backward"], """\
+    _assert_graph(
+        block_graphs["backward"],
+        """\
 def forward(self, transpose, transpose_1, transpose_2, getitem_7, detach, tangents_1, tangents_token):
     with_effects_4 = torch.ops.higher_order.with_effects(tangents_token, torch.ops.fvops.all_to_all_4D.default, tangents_1, 2, 1, 2, 'sp:0')
     getitem_10 = with_effects_4[0]
@@ -229,4 +255,5 @@ def forward(self, transpose, transpose_1, transpose_2, getitem_7, detach, tangen
     getitem_19 = with_effects_7[0]
     getitem_20 = with_effects_7[1]
     return (getitem_20, getitem_18, getitem_16, getitem_19)
-""")
+""",
+    )

@@ -40,7 +40,8 @@ class CollectiveRecord:
 
 
 _lock = threading.Lock()
-_recorders: list[list[CollectiveRecord]] = []
+# The lists of the open `record_collectives` blocks; the communicators look here before they make an entry.
+recorders: list[list[CollectiveRecord]] = []
 
 
 @contextmanager
@@ -48,13 +49,13 @@ def record_collectives() -> Iterator[list[CollectiveRecord]]:
     """Collect a `CollectiveRecord` for every collective that any thread of this process issues inside the block."""
     records: list[CollectiveRecord] = []
     with _lock:
-        _recorders.append(records)
+        recorders.append(records)
     try:
         yield records
     finally:
         with _lock:
             # By identity: two recorders may hold equal lists.
-            _recorders[:] = [other for other in _recorders if other is not records]
+            recorders[:] = [other for other in recorders if other is not records]
 
 
 def canonical(records: list[CollectiveRecord]) -> list[tuple[str, str, int]]:
@@ -62,13 +63,8 @@ def canonical(records: list[CollectiveRecord]) -> list[tuple[str, str, int]]:
     return [(record.group, record.op, record.nbytes) for record in records]
 
 
-def recording() -> bool:
-    """Is any recorder open?"""
-    return bool(_recorders)
-
-
 def record(entry: CollectiveRecord) -> None:
     """Append `entry` to every open recorder (called by the device communicators)."""
     with _lock:
-        for records in _recorders:
+        for records in recorders:
             records.append(entry)

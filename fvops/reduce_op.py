@@ -10,6 +10,8 @@ from fvops.checks import fail
 
 __all__ = ["reduce_op_name"]
 
+_NAMES = {"SUM": "sum", "AVG": "avg", "MAX": "max", "MIN": "min", "PRODUCT": "product"}
+
 
 def reduce_op_name(op: Any) -> str:
     """``"sum"``, ``"avg"``, ``"max"``, ``"min"`` or ``"product"`` for a ReduceOp, for such a string, or None (sum).
@@ -19,15 +21,14 @@ def reduce_op_name(op: Any) -> str:
     """
     if isinstance(op, str):
         return op
-    # Comparisons rather than a dict: Dynamo traces them, and they accept ReduceOp objects beside its enum values.
-    if op is None or op == dist.ReduceOp.SUM:
+    if op is None:
         return "sum"
-    if op == dist.ReduceOp.AVG:
-        return "avg"
-    if op == dist.ReduceOp.MAX:
-        return "max"
-    if op == dist.ReduceOp.MIN:
-        return "min"
-    if op == dist.ReduceOp.PRODUCT:
-        return "product"
+    # By name: Dynamo of torch 2.11 can neither compare nor identify these enum values.
+    if isinstance(op, dist.ReduceOp.RedOpType):
+        if op.name in _NAMES:
+            return _NAMES[op.name]
+    elif isinstance(op, dist.ReduceOp):  # the object around an enum value, as ``ReduceOp(ReduceOp.SUM)`` gives it
+        for name, short in _NAMES.items():
+            if op == getattr(dist.ReduceOp, name):
+                return short
     fail(ValueError, f"unsupported reduction {op!r}; use ReduceOp.SUM, AVG, MAX, MIN or PRODUCT")

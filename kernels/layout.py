@@ -1,64 +1,41 @@
 """The layouts that exchanges send and receive, in plain torch: the reference for every other kernel.
 
-A send or receive buffer is *rank-major*: its first dim is the peer, so that each peer's part is one contiguous run.
-Letters: P world size, B batch, S sequence, H heads, D head size, h = H/P, s = S/P.
+A send or receive buffer is *rank-major*: its first dim is the peer, so that each peer's part is one contiguous run. The
+functions here give the rank-major *view* of a tensor, each for one way in which it is split over the ranks; the view of
+an input, made contiguous, is what is sent, and what is received is laid down through the view of the output. Where the
+view is contiguous already (at B=1, one side of each 4D exchange) nothing is copied.
 
-`pack_*` returns a contiguous tensor, which is the input's own memory when that is in the right order already (nothing
-is copied then); `unpack_*` likewise returns the received memory when no copy is needed. What `unpack_*` returns always
-has the strides of a newly allocated tensor of its shape, also in dims of size 1.
+Letters: P world size, B batch, S sequence, H heads, D head size, h = H/P, s = S/P.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import torch
 from torch import Tensor
 
-__all__ = [
-    "pack_chunks",
-    "pack_heads",
-    "pack_sequence",
-    "unpack_chunks",
-    "unpack_heads",
-    "unpack_sequence",
-]
+__all__ = ["chunks_by_rank", "heads_by_rank", "receive_buffer", "sequence_by_rank"]
 
 
-def pack_heads(x_BSHD: Tensor, world_size: int) -> Tensor:
-    """``[B, s, H, D] -> [P, B, s, h, D]``: peer r gets heads ``r*h:(r+1)*h``."""
+def heads_by_rank(x_BSHD: Tensor, world_size: int) -> Tensor:
+    """``[B, S, P*h, D] -> [P, B, S, h, D]``: rank r has heads ``r*h:(r+1)*h``."""
     B, S, H, D = x_BSHD.shape
-    return x_BSHD.reshape(B, S, world_size, H // world_size, D).permute(2, 0, 1, 3, 4).contiguous()
+    return x_BSHD.view(B, S, world_size, H // world_size, D).permute(2, 0, 1, 3, 4)
 
 
-def unpack_sequence(recv_PBSHD: Tensor) -> Tensor:
-    """``[P, B, s, h, D] -> [B, P*s, h, D]``: the peers' sequence parts in rank order. No copy at B=1."""
-    P, B, S, H, D = recv_PBSHD.shape
-    return _fresh_strides(recv_PBSHD.permute(1, 0, 2, 3, 4), (B, P * S, H, D))
-
-
-def pack_sequence(x_BSHD: Tensor, world_size: int) -> Tensor:
-    """``[B, S, h, D] -> [P, B, s, h, D]``: peer r gets rows ``r*s:(r+1)*s``. No copy at B=1 of a contiguous tensor."""
+def sequence_by_rank(x_BSHD: Tensor, world_size: int) -> Tensor:
+    """``[B, P*s, H, D] -> [P, B, s, H, D]``: rank r has rows ``r*s:(r+1)*s``. In memory order at B=1."""
     B, S, H, D = x_BSHD.shape
-    return x_BSHD.reshape(B, world_size, S // world_size, H, D).permute(1, 0, 2, 3, 4).contiguous()
+    return x_BSHD.view(B, world_size, S // world_size, H, D).permute(1, 0, 2, 3, 4)
 
 
-def unpack_heads(recv_PBSHD: Tensor) -> Tensor:
-    """``[P, B, s, h, D] -> [B, s, P*h, D]``: the peers' heads in rank order."""
-    P, B, S, H, D = recv_PBSHD.shape
-    return _fresh_strides(recv_PBSHD.permute(1, 2, 0, 3, 4), (B, S, P * H, D))
+def chunks_by_rank(x: Tensor, dim: int, world_size: int) -> Tensor:
+    """``[..., P*n, ...] -> [P, ..., n, ...]``: rank r has slice ``r*n:(r+1)*n`` of `dim`. In memory order for dim 0."""
+    return x.unflatten(dim, (world_size, x.size(dim) // world_size)).movedim(dim, 0)
 
 
-def pack_chunks(x: Tensor, dim: int, world_size: int) -> Tensor:
-    """``[..., N, ...] -> [P, ..., N/P, ...]``: `world_size` equal slices of `dim`, one for each peer."""
-    return x.unflatten(dim, (world_size, x.size(dim) // world_size)).movedim(dim, 0).contiguous()
+def receive_buffer(parts: Tensor) -> Tensor:
+    """Contiguous memory for what is received into `parts`, the rank-major view of an output: the view itself if it can.
 
-
-def unpack_chunks(recv: Tensor, dim: int) -> Tensor:
-    """``[P, ..., n, ...] -> [..., P*n, ...]``: the peers' parts concatenated along `dim`. No copy for dim 0."""
-    shape = list(recv.shape[1:])
-    shape[dim] *= recv.size(0)
-    return _fresh_strides(recv.movedim(0, dim), shape)
-
-
-def _fresh_strides(x: Tensor, shape: Sequence[int]) -> Tensor:
-    return x.contiguous().view(-1).view(shape)
+    When it cannot, the caller copies the buffer through the view afterwards.
+    """
+    return parts if parts.is_contiguous() else torch.empty(parts.shape, dtype=parts.dtype, device=parts.device)

@@ -20,6 +20,8 @@ from fvops.reduce_op import reduce_op_name
 
 __all__ = ["DeviceCommunicatorBase", "DistributedAutograd"]
 
+_STRIDED = torch.strided
+
 
 class DeviceCommunicatorBase:
     """Collectives over one process group. Every method returns new contiguous tensors and leaves its inputs untouched.
@@ -79,9 +81,11 @@ class DeviceCommunicatorBase:
             return DistributedAutograd.AllGather.apply(self, input_, self.world_size, dim)
         self._check("all_gather", input_)
         dim = checks.check_concat("all_gather", self.unique_name, input_, dim)
-        recv = input_.new_empty((self.world_size, *input_.shape))
+        output, parts, recv = self._concatenation(input_, dim)
         self._issue("all_gather", input_, {"dim": dim}, self.transport.all_gather, recv, input_.contiguous())
-        return layout.unpack_chunks(recv, dim)
+        if recv is not parts:
+            parts.copy_(recv)
+        return output
 
     def reduce_scatter(self, input_: Tensor, op: Any = dist.ReduceOp.SUM, dim: int = -1) -> Tensor:
         """This rank's slice, along `dim`, of the reduction."""
@@ -91,11 +95,11 @@ class DeviceCommunicatorBase:
         self._check("reduce_scatter", input_)
         checks.check_reduce_op("reduce_scatter", self.unique_name, op, input_.dtype)
         dim = checks.check_chunks("reduce_scatter", self.unique_name, input_, dim, self.world_size)
-        send = layout.pack_chunks(input_, dim, self.world_size)
-        recv = torch.empty(send.shape[1:], dtype=send.dtype, device=send.device)
+        send = layout.chunks_by_rank(input_, dim, self.world_size).contiguous()
+        output = input_.new_empty(send.shape[1:])
         arguments = {"op": op, "dim": dim}
-        self._issue("reduce_scatter", input_, arguments, self.transport.reduce_scatter, recv, send, op)
-        return recv
+        self._issue("reduce_scatter", input_, arguments, self.transport.reduce_scatter, output, send, op)
+        return output
 
     def all_to_all_4D(self, input_: Tensor, scatter_dim: int = 2, gather_dim: int = 1) -> Tensor:
         """(2, 1): ``[B, S/P, H, D] -> [B, S, H/P, D]``; (1, 2): the inverse."""
@@ -103,13 +107,22 @@ class DeviceCommunicatorBase:
             return DistributedAutograd.AllToAll4D.apply(self, input_, self.world_size, scatter_dim, gather_dim)
         self._check("all_to_all_4D", input_)
         checks.check_all_to_all_4D(self.unique_name, input_, scatter_dim, gather_dim, self.world_size)
-        pack = layout.pack_heads if scatter_dim == 2 else layout.pack_sequence
-        unpack = layout.unpack_sequence if scatter_dim == 2 else layout.unpack_heads
-        send = pack(input_, self.world_size)
-        recv = torch.empty_like(send)
+        B, S, H, D = input_.shape
+        P = self.world_size
+        if scatter_dim == 2:
+            send = layout.heads_by_rank(input_, P).contiguous()
+            output = input_.new_empty((B, S * P, H // P, D))
+            parts = layout.sequence_by_rank(output, P)
+        else:
+            send = layout.sequence_by_rank(input_, P).contiguous()
+            output = input_.new_empty((B, S // P, H * P, D))
+            parts = layout.heads_by_rank(output, P)
+        recv = layout.receive_buffer(parts)
         arguments = {"scatter_dim": scatter_dim, "gather_dim": gather_dim}
         self._issue("all_to_all_4D", input_, arguments, self.transport.all_to_all, recv, send)
-        return unpack(recv)
+        if recv is not parts:
+            parts.copy_(recv)
+        return output
 
     def all_to_all_single(
         self,
@@ -149,10 +162,15 @@ class DeviceCommunicatorBase:
         self._check("gather", input_, differentiable=False)
         checks.check_place("gather", self.unique_name, "dst", dst, self.world_size)
         dim = checks.check_concat("gather", self.unique_name, input_, dim)
-        recv = input_.new_empty((self.world_size, *input_.shape)) if self.rank == dst else None
         arguments = {"dst": dst, "dim": dim}
+        if self.rank != dst:
+            self._issue("gather", input_, arguments, self.transport.gather, None, input_.contiguous(), dst)
+            return None
+        output, parts, recv = self._concatenation(input_, dim)
         self._issue("gather", input_, arguments, self.transport.gather, recv, input_.contiguous(), dst)
-        return None if recv is None else layout.unpack_chunks(recv, dim)
+        if recv is not parts:
+            parts.copy_(recv)
+        return output
 
     def shard(self, input_: Tensor, dim: int = -1, *, scale_grad: bool = False) -> Tensor:
         """This rank's slice of `dim`; the gradient is gathered, divided by P with `scale_grad`."""
@@ -192,9 +210,19 @@ class DeviceCommunicatorBase:
     def _send(self, buffer: Tensor, dst: int) -> None:
         self.transport.send(buffer, dst).wait()
 
+    def _concatenation(self, input_: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The output of P tensors like `input_` along `dim`, its rank-major view, and the buffer to receive into."""
+        shape = list(input_.shape)
+        shape[dim] *= self.world_size
+        output = input_.new_empty(shape)
+        parts = layout.chunks_by_rank(output, dim, self.world_size)
+        return output, parts, layout.receive_buffer(parts)
+
     def _check(self, op: str, tensor: Tensor, differentiable: bool = True) -> None:
-        checks.check_strided(op, self.unique_name, tensor)
-        checks.check_device(op, self.unique_name, tensor, self.device)
+        # One test where all is well: this is on the path of every call.
+        if tensor.layout is not _STRIDED or tensor.device != self.device:
+            checks.check_strided(op, self.unique_name, tensor)
+            checks.check_device(op, self.unique_name, tensor, self.device)
         if not differentiable:
             checks.check_no_grad(op, self.unique_name, tensor)
 
@@ -202,7 +230,7 @@ class DeviceCommunicatorBase:
         self, op: str, tensor: Tensor | None, arguments: dict[str, Any], call: Callable[..., Any], *args: Any
     ) -> None:
         """Record the collective, run it, and say in any error which one it was."""
-        if debug.recording():
+        if debug.recorders:
             debug.record(
                 debug.CollectiveRecord(
                     group=self.unique_name,

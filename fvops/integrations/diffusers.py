@@ -53,20 +53,21 @@ def parallelize(model: nn.Module, group: GroupCoordinator | None = None) -> nn.M
             "(itself, before torch.compile or any other wrapper)"
         )
     group = get_sp_group() if group is None else group
-    _check_untouched(model)
+    wan: Any = model
+    _check_untouched(wan)
     if group.world_size == 1:
         return model
-    heads = model.config.num_attention_heads
+    heads = wan.config.num_attention_heads
     check_divisible("parallelize", group.unique_name, "num_attention_heads", heads, group.world_size)
 
     # The way of the tokens, from the first hook to the last.
-    model.rope.register_forward_hook(_shard_rotary_embedding(group))
-    model.condition_embedder.register_forward_pre_hook(_shard_timestep_per_token(group), with_kwargs=True)
-    model.blocks[0].register_forward_pre_hook(_shard_tokens(group))
-    for block in model.blocks:
+    wan.rope.register_forward_hook(_shard_rotary_embedding(group))
+    wan.condition_embedder.register_forward_pre_hook(_shard_timestep_per_token(group), with_kwargs=True)
+    wan.blocks[0].register_forward_pre_hook(_shard_tokens(group))
+    for block in wan.blocks:
         backend = block.attn1.processor._attention_backend
         block.attn1.set_processor(UlyssesWanAttnProcessor(group, dispatch_attention_fn, backend))
-    model.proj_out.register_forward_hook(_gather_tokens(group))
+    wan.proj_out.register_forward_hook(_gather_tokens(group))
     return model
 
 
@@ -139,9 +140,8 @@ def _rotate(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _shard_rotary_embedding(group: GroupCoordinator) -> Callable[..., Any]:
     def hook(rope: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         # The model's first step, and the first to know how many tokens there will be.
-        tokens = output[0].size(1)
-        check_divisible("parallelize", group.unique_name, "the token sequence", tokens, group.world_size)
         cos, sin = output
+        check_divisible("parallelize", group.unique_name, "the token sequence", cos.size(1), group.world_size)
         return group.shard(cos, 1, scale_grad=True), group.shard(sin, 1, scale_grad=True)
 
     return hook

@@ -82,16 +82,20 @@ def _autograd_kernel(
     refuse_grad: Callable[..., None] | None,
 ) -> Callable[..., Any]:
     below_autograd = _C._after_ADInplaceOrView_keyset
-    guard = _C._AutoDispatchBelowAutograd
     is_grad_enabled = torch.is_grad_enabled
+    # Key sets seen before (as bits), and whether they leave nothing to do above the back end. Modes and tensor
+    # subclasses have bits of their own. Looking the bits up costs a fifth of asking for the highest key.
+    plain: dict[int, bool] = {}
 
     def run(keyset: Any, *args: Any) -> Any:
-        keys = keyset & below_autograd
-        with guard():
-            # Plain tensors and no mode: what the dispatcher would do next is call `eager`. Half the cost of a call.
-            if keys.highestPriorityTypeId() in _BACKENDS:
-                return eager(*args)
-            return overload.redispatch(keys, *args)
+        bits = keyset.raw_repr()
+        if bits not in plain:
+            plain[bits] = (keyset & below_autograd).highestPriorityTypeId() in _BACKENDS
+        # Plain tensors and no mode: what the dispatcher would do next is call `eager`. Half the cost of a call.
+        if plain[bits]:
+            return eager(*args)
+        with _C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & below_autograd, *args)
 
     if backward is not None:
         differentiable = _make_function(run, backward, f"{overload._opname}_backward")
@@ -102,6 +106,9 @@ def _autograd_kernel(
                 refuse_grad(input_, *args)
             if backward is not None:
                 return differentiable.apply(keyset, input_, *args)
+        # The common case of `run`, without the call.
+        if plain.get(keyset.raw_repr()):
+            return eager(input_, *args)
         return run(keyset, input_, *args)
 
     return kernel
