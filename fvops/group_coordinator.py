@@ -22,9 +22,18 @@ from fvops.logger import init_logger
 from fvops.platforms import local_torch_device
 from fvops.reduce_op import reduce_op_name
 
-__all__ = ["GroupCoordinator"]
+__all__ = ["GroupCoordinator", "destroy_all_groups"]
 
 logger = init_logger(__name__)
+
+# Every group of this process that was not destroyed, for `destroy_all_groups`.
+_live: list[GroupCoordinator] = []
+
+
+def destroy_all_groups() -> None:
+    """Destroy every group of this process, whoever made it: what must happen before torch.distributed stops."""
+    for group in list(_live):
+        group.destroy()
 
 
 class GroupCoordinator:
@@ -103,6 +112,7 @@ class GroupCoordinator:
             communicator if use_device_communicator and self.world_size > 1 else None
         )
         registry.register(self.unique_name, communicator)
+        _live.append(self)
         logger.info(
             "group %r: ranks %s, %s, transport torch.distributed (%s)",
             self.unique_name,
@@ -284,6 +294,7 @@ class GroupCoordinator:
 
     def broadcast_object(self, obj: Any | None = None, src: int = 0) -> Any:
         """`obj` of place `src`, on every rank. See `fvops.utils.add_safe_globals` for what may travel."""
+        registry.resolve(self.unique_name, self.world_size)
         checks.check_place("broadcast_object", self.unique_name, "src", src, self.world_size)
         if self.world_size == 1:
             return obj
@@ -297,6 +308,7 @@ class GroupCoordinator:
         Args:
             group: process group to send over; default the CPU group.
         """
+        registry.resolve(self.unique_name, self.world_size)
         checks.check_place("broadcast_object_list", self.unique_name, "src", src, self.world_size)
         if self.world_size > 1:
             obj_list[:] = objects.broadcast(obj_list, self.ranks[src], self.cpu_group if group is None else group)
@@ -325,6 +337,7 @@ class GroupCoordinator:
             if dist.is_initialized():
                 dist.destroy_process_group(group)
         self._owned_groups = []
+        _live.remove(self)
 
     def _need_partner(self, op: str) -> None:
         if self.world_size == 1:

@@ -37,6 +37,7 @@ class RankLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
             return
         if local_main_process_only and not main_process_only and envs.LOCAL_RANK != 0:
             return
+        kwargs.setdefault("stacklevel", 2)  # the record names our caller, not this file
         self.log(logging.INFO, msg, *args, **kwargs)
 
     def info_once(self, msg: str, *args: object) -> None:
@@ -51,7 +52,7 @@ class RankLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
         key = (self.logger.name, level, msg % args if args else msg)
         if key not in _said:
             _said.add(key)
-            self.log(level, msg, *args)
+            self.log(level, msg, *args, stacklevel=3)
 
 
 def init_logger(name: str) -> RankLogger:

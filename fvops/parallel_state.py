@@ -18,7 +18,7 @@ import torch.distributed as dist
 from fvops import envs
 from fvops.agreement import check_same_ops
 from fvops.checks import fail
-from fvops.group_coordinator import GroupCoordinator
+from fvops.group_coordinator import GroupCoordinator, destroy_all_groups
 from fvops.logger import init_logger
 from fvops.node import get_same_node_ranks, is_the_same_node_as
 from fvops.platforms import default_backend, local_torch_device
@@ -66,8 +66,9 @@ _SP: GroupCoordinator | None = None
 _DP: GroupCoordinator | None = None
 # Did we start torch.distributed? Only then do we stop it.
 _STARTED_TORCH_DISTRIBUTED = False
-_TP_PATCHED = False
-_SP_PATCHED = False
+# While a patch is in force: the group that it hides.
+_TP_BEFORE_PATCH: GroupCoordinator | None = None
+_SP_BEFORE_PATCH: GroupCoordinator | None = None
 
 
 def get_world_group() -> GroupCoordinator:
@@ -183,7 +184,8 @@ def init_distributed_environment(
             world_size=world_size,
             rank=rank,
             timeout=timedelta(seconds=envs.FVOPS_TIMEOUT_S),
-            device_id=device_id,
+            # torch takes accelerators here only; the groups' device may be the CPU all the same.
+            device_id=None if device_id is None or device_id.type == "cpu" else device_id,
         )
         _STARTED_TORCH_DISTRIBUTED = True
     elif (dist.get_world_size(), dist.get_rank()) != (world_size, rank):
@@ -281,20 +283,15 @@ def initialize_model_parallel(
     _DP = _over_world(world, dp_ranks, "dp", backend)
 
 
-def ensure_model_parallel_initialized(
-    tensor_model_parallel_size: int,
-    sequence_model_parallel_size: int,
-    data_parallel_size: int = 1,
-    backend: str | None = None,
-) -> None:
+def ensure_model_parallel_initialized(tp_size: int, sp_size: int, dp_size: int = 1, backend: str | None = None) -> None:
     """`initialize_model_parallel` if needed, else check that the sizes agree (RuntimeError)."""
     if not model_parallel_is_initialized():
-        initialize_model_parallel(tensor_model_parallel_size, sequence_model_parallel_size, data_parallel_size, backend)
+        initialize_model_parallel(tp_size, sp_size, dp_size, backend)
         return
-    asked = {"tensor": tensor_model_parallel_size, "sequence": sequence_model_parallel_size}
+    asked = {"tensor": tp_size, "sequence": sp_size}
     have = {"tensor": get_tp_world_size(), "sequence": get_sp_world_size()}
-    if data_parallel_size != 1:
-        asked["data"], have["data"] = data_parallel_size, get_dp_world_size()
+    if dp_size != 1:
+        asked["data"], have["data"] = dp_size, get_dp_world_size()
     if asked != have:
         raise RuntimeError(f"model-parallel groups are initialized with sizes {have}; asked for {asked}")
 
@@ -378,46 +375,54 @@ def _over_world(
 @contextlib.contextmanager
 def patch_tensor_parallel_group(tp_group: GroupCoordinator) -> Iterator[None]:
     """Inside, `tp_group` is the current TP group. Nesting raises RuntimeError."""
-    global _TP, _TP_PATCHED
-    if _TP_PATCHED:
+    global _TP, _TP_BEFORE_PATCH
+    if _TP_BEFORE_PATCH is not None:
         fail(RuntimeError, "the tensor-parallel group is patched already; patches do not nest")
-    previous, _TP, _TP_PATCHED = _TP, tp_group, True
+    _TP_BEFORE_PATCH, _TP = get_tp_group(), tp_group
     try:
         yield
     finally:
-        _TP, _TP_PATCHED = previous, False
+        # After a clean-up inside the block there is nothing to go back to.
+        if _TP_BEFORE_PATCH is not None:
+            _TP, _TP_BEFORE_PATCH = _TP_BEFORE_PATCH, None
 
 
 @contextlib.contextmanager
 def patch_sequence_parallel_group(sp_group: GroupCoordinator) -> Iterator[None]:
     """Inside, `sp_group` is the current SP group. Nesting raises RuntimeError."""
-    global _SP, _SP_PATCHED
-    if _SP_PATCHED:
+    global _SP, _SP_BEFORE_PATCH
+    if _SP_BEFORE_PATCH is not None:
         fail(RuntimeError, "the sequence-parallel group is patched already; patches do not nest")
-    previous, _SP, _SP_PATCHED = _SP, sp_group, True
+    _SP_BEFORE_PATCH, _SP = get_sp_group(), sp_group
     try:
         yield
     finally:
-        _SP, _SP_PATCHED = previous, False
+        # After a clean-up inside the block there is nothing to go back to.
+        if _SP_BEFORE_PATCH is not None:
+            _SP, _SP_BEFORE_PATCH = _SP_BEFORE_PATCH, None
 
 
 def destroy_model_parallel() -> None:
-    """Destroy the TP, SP and DP groups, those that exist."""
-    global _TP, _SP, _DP
-    for group in (_TP, _SP, _DP):
+    """Destroy the TP, SP and DP groups, those that exist, and end patches; a group that was patched in goes as well."""
+    global _TP, _SP, _DP, _TP_BEFORE_PATCH, _SP_BEFORE_PATCH
+    for group in (_TP, _SP, _DP, _TP_BEFORE_PATCH, _SP_BEFORE_PATCH):
         if group is not None:
             group.destroy()
-    _TP = _SP = _DP = None
+    _TP = _SP = _DP = _TP_BEFORE_PATCH = _SP_BEFORE_PATCH = None
 
 
 def destroy_distributed_environment() -> None:
-    """Destroy the world and node groups, and stop torch.distributed if fvops started it. Safe in any state."""
+    """Destroy the world and node groups, and stop torch.distributed if fvops started it. Safe in any state.
+
+    Stopping it ends every process group, so every other group of fvops is destroyed first.
+    """
     global _WORLD, _NODE, _STARTED_TORCH_DISTRIBUTED
     for group in (_NODE, _WORLD):
         if group is not None:
             group.destroy()
     _WORLD = _NODE = None
     if _STARTED_TORCH_DISTRIBUTED and dist.is_initialized():
+        destroy_all_groups()
         dist.destroy_process_group()
     _STARTED_TORCH_DISTRIBUTED = False
 

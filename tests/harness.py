@@ -1,7 +1,7 @@
 """Tests over real processes: n ranks on this machine that serve one test after another.
 
-`Ranks(n).run(function, *args)` calls ``function(*args)`` on every rank and returns the ranks' results. The function is a
-module's top-level function; arguments and results are what `torch.save` takes. Workers are spawned once per world size
+`Ranks(n).run(function, *args)` calls ``function(*args)`` on every rank and returns the ranks' results. The function is
+a module's top-level function; arguments and results are what `torch.save` takes. Workers are spawned once per world size
 (importing torch costs seconds) and hold an initialized fvops with one sequence-parallel group over all ranks.
 
 Every run has a deadline. When it passes, every rank's Python stacks and log are printed and all are killed. An error of
@@ -35,6 +35,8 @@ __all__ = ["RankFailure", "Ranks"]
 # Once one rank has failed, how long the others get to report too.
 _GRACE_S = 5.0
 _STACKS_S = 3.0
+# For the workers to have imported torch and fvops.
+_START_S = 300.0
 
 
 class RankFailure(AssertionError):
@@ -60,6 +62,8 @@ class Ranks:
             there.close()
             self._connections.append(here)
             self._processes.append(process)
+        # Starting up is no test's time: importing torch takes seconds, on a busy machine many.
+        self._collect("start of the workers", _START_S)
 
     @classmethod
     def get(cls, world_size: int) -> Ranks:
@@ -179,6 +183,9 @@ def _serve(rank: int, world_size: int, folder: str, connection: Connection) -> N
     os.environ.setdefault("FVOPS_TIMEOUT_S", "60")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     torch.set_num_threads(1)
+    import fvops  # noqa: F401  (now rather than in the first test's time)
+
+    connection.send_bytes(_dump(("ok", None)))
     while True:
         try:
             message = connection.recv_bytes()

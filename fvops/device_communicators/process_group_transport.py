@@ -43,7 +43,8 @@ _C10D_OPS = {
 
 def as_bytes(buffer: Tensor) -> Tensor:
     """A contiguous tensor's memory as flat uint8."""
-    return buffer.view(-1).view(torch.uint8)
+    # Not view(-1): a tensor of one element or none counts as contiguous whatever its strides, and keeps them.
+    return buffer.as_strided((buffer.numel(),), (1,)).view(torch.uint8)
 
 
 class ProcessGroupTransport:

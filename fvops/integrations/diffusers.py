@@ -29,7 +29,8 @@ def parallelize(model: nn.Module, group: GroupCoordinator | None = None) -> nn.M
 
     Gradients: when every rank computes the same loss from the output, each parameter's gradients *averaged* over the
     group (what DDP does) are those of a single rank. A rank's own gradient holds only its tokens' part, times P. The
-    gradient of the latents is complete on every rank; those of the text and the image are averaged like parameters'.
+    gradient of the latents is complete on every rank; those of text, image and a timestep that all tokens share are
+    averaged like parameters'.
 
     Args:
         model: a diffusers `WanTransformer3DModel` with diffusers' own attention processors.

@@ -16,7 +16,7 @@ __all__ = ["all_gather"]
 
 def all_gather(group: Group, input_: Tensor, dim: int) -> Tensor:
     """``[..., n, ...] -> [..., P*n, ...]`` along `dim`."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or input_.is_meta:
         checks.check_concat("all_gather", group.unique_name, input_, dim)
         checks.check_device("all_gather", group.unique_name, input_, group.device)
     return op(input_, dim, group.world_size, group.unique_name)

@@ -16,7 +16,7 @@ __all__ = ["all_reduce"]
 
 def all_reduce(group: Group, input_: Tensor, reduce_op: str) -> Tensor:
     """A new tensor shaped like `input_`; `reduce_op` is sum, avg, max, min or product."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or input_.is_meta:
         check(input_, reduce_op, group.world_size, group.unique_name)
         refuse_grad(input_, reduce_op, group.world_size, group.unique_name)
         checks.check_device("all_reduce", group.unique_name, input_, group.device)

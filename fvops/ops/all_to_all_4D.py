@@ -19,7 +19,7 @@ __all__ = ["all_to_all_4D"]
 
 def all_to_all_4D(group: Group, input_: Tensor, scatter_dim: int, gather_dim: int) -> Tensor:
     """(2, 1): ``[B, S/P, H, D] -> [B, S, H/P, D]``; (1, 2): the inverse."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or input_.is_meta:
         checks.check_all_to_all_4D(group.unique_name, input_, scatter_dim, gather_dim, group.world_size)
         checks.check_device("all_to_all_4D", group.unique_name, input_, group.device)
     return op(input_, scatter_dim, gather_dim, group.world_size, group.unique_name)

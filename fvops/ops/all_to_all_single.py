@@ -22,7 +22,7 @@ def all_to_all_single(
     input_split_sizes: Sequence[int] | None,
 ) -> Tensor:
     """``[N, ...] -> [M, ...]``: equal parts (M = N), or with sizes in rows, where M is the sum of the output sizes."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or input_.is_meta:
         name = group.unique_name
         checks.check_all_to_all_single(name, input_, output_split_sizes, input_split_sizes, group.world_size)
         checks.check_device("all_to_all_single", name, input_, group.device)

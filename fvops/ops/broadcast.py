@@ -20,7 +20,7 @@ def broadcast(group: Group, input_: Tensor, src: int) -> Tensor:
     The gradient is summed on `src` and zero elsewhere. Backward is a collective: the input must require a gradient on
     every rank or on none.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or input_.is_meta:
         check(input_, src, group.world_size, group.unique_name)
         checks.check_device("broadcast", group.unique_name, input_, group.device)
     return op(input_, src, group.world_size, group.unique_name)

@@ -14,7 +14,7 @@ __all__ = ["gather"]
 
 def gather(group: Group, input_: Tensor, dst: int, dim: int) -> Tensor | None:
     """``[..., P*n, ...]`` on place `dst`, None elsewhere."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or input_.is_meta:
         check(input_, dst, dim, group.world_size, group.unique_name)
         refuse_grad(input_, dst, dim, group.rank_in_group, group.world_size, group.unique_name)
         checks.check_device("gather", group.unique_name, input_, group.device)

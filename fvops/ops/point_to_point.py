@@ -16,7 +16,7 @@ __all__ = ["recv", "send"]
 
 def send(group: Group, tensor: Tensor, dst: int) -> None:
     """Send `tensor` to place `dst`; may return before the receiver has posted."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or tensor.is_meta:
         checks.check_strided("send", group.unique_name, tensor)
         checks.check_peer("send", group.unique_name, "dst", dst, group.rank_in_group, group.world_size)
         checks.check_no_grad("send", group.unique_name, tensor)

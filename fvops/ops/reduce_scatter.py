@@ -16,7 +16,7 @@ __all__ = ["reduce_scatter"]
 
 def reduce_scatter(group: Group, input_: Tensor, reduce_op: str, dim: int) -> Tensor:
     """``[..., N, ...] -> [..., N/P, ...]`` along `dim`."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or input_.is_meta:
         check(input_, reduce_op, dim, group.world_size, group.unique_name)
         refuse_grad(input_, reduce_op, dim, group.world_size, group.unique_name)
         checks.check_device("reduce_scatter", group.unique_name, input_, group.device)

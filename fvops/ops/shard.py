@@ -16,7 +16,7 @@ __all__ = ["shard"]
 
 def shard(group: Group, input_: Tensor, dim: int, scale_grad: bool) -> Tensor:
     """``[..., N, ...] -> [..., N/P, ...]`` along `dim`; backward all-gathers, divided by P if `scale_grad`."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or input_.is_meta:
         checks.check_chunks("shard", group.unique_name, input_, dim, group.world_size)
         checks.check_device("shard", group.unique_name, input_, group.device)
     return op(input_, dim, scale_grad, group.rank_in_group, group.world_size, group.unique_name)
