@@ -1,4 +1,4 @@
-"""The torch internals that fvops stands on. A failure here says that upstream moved, and names the module to look at."""
+"""The torch internals that fvops stands on. A failure here says that upstream moved, and which module to look at."""
 
 from __future__ import annotations
 

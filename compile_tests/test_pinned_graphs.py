@@ -1,7 +1,7 @@
-"""Promise 9: the graphs that a user sees. ``EXPECTTEST_ACCEPT=1 pytest compile_tests/test_pinned_graphs.py`` rewrites them.
+"""Promise 9: the graphs that a user sees. ``EXPECTTEST_ACCEPT=1 pytest`` on this file rewrites them.
 
-Dynamo's graph for each helper, and for a Ulysses attention block also AOTAutograd's forward and backward. The texts hold
-for the torch of constraints.txt; under another version the sequence of fvops calls in them is compared.
+Dynamo's graph for each helper, and for a Ulysses attention block also AOTAutograd's forward and backward. The texts
+hold for the torch of constraints.txt; under another version the sequence of fvops calls in them is compared.
 """
 
 from __future__ import annotations

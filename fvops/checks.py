@@ -84,7 +84,8 @@ def check_divisible(op: str, group_name: str, what: str, size: int, world_size: 
     if size % world_size != 0:
         fail(
             ValueError,
-            f"{where(op, group_name)}: {what} has size {_number(size)}, which is not divisible by world_size {_number(world_size)}",
+            f"{where(op, group_name)}: {what} has size {_number(size)}, "
+            f"which is not divisible by world_size {_number(world_size)}",
         )
 
 
@@ -131,8 +132,8 @@ def check_all_to_all_4D(
     if (scatter_dim, gather_dim) not in ((2, 1), (1, 2)):
         fail(
             ValueError,
-            f"{where(op, group_name)}: scatter_dim={_number(scatter_dim)}, gather_dim={_number(gather_dim)} is not supported; "
-            "use (2, 1), sequence shards in and head shards out, or (1, 2), its inverse",
+            f"{where(op, group_name)}: scatter_dim={_number(scatter_dim)}, gather_dim={_number(gather_dim)} "
+            "is not supported; use (2, 1), sequence shards in and head shards out, or (1, 2), its inverse",
         )
     name = "dim 2 (heads)" if scatter_dim == 2 else "dim 1 (sequence)"
     check_divisible(op, group_name, name, input_.size(scatter_dim), world_size)
@@ -145,7 +146,7 @@ def check_all_to_all_single(
     input_split_sizes: Sequence[int] | None,
     world_size: int,
 ) -> None:
-    """ValueError unless dim 0 splits evenly, or both lists have one size for each rank and the input's add up to dim 0."""
+    """ValueError unless dim 0 splits evenly, or both lists have a size a rank and the input's add up to dim 0."""
     op = "all_to_all_single"
     check_strided(op, group_name, input_)
     if input_.dim() == 0:
@@ -159,7 +160,8 @@ def check_all_to_all_single(
         if len(sizes) != world_size:
             fail(
                 ValueError,
-                f"{where(op, group_name)}: {what} has {_number(len(sizes))} sizes, needs one for each of {_number(world_size)} ranks",
+                f"{where(op, group_name)}: {what} has {_number(len(sizes))} sizes, "
+                f"needs one for each of {_number(world_size)} ranks",
             )
         for size in sizes:
             if size < 0:

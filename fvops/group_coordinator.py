@@ -37,7 +37,7 @@ def destroy_all_groups() -> None:
 
 
 class GroupCoordinator:
-    """The group, out of `group_ranks`, that this process is in. Collective: every rank of the world constructs it alike.
+    """The group, out of `group_ranks`, that this process is in. Collective: every rank of the world makes it alike.
 
     Args:
         group_ranks: global ranks of each group; every rank of the world is in at most one, this one in exactly one.
@@ -316,7 +316,7 @@ class GroupCoordinator:
 
     @contextlib.contextmanager
     def graph_capture(self, graph_capture_context: Any | None = None) -> Iterator[Any]:
-        """A context for CUDA-graph capture; on CPU there is nothing to capture, and the context given is handed back."""
+        """A context for CUDA-graph capture; on CPU there is nothing to capture: it hands back the context given."""
         if self.device.type != "cpu":
             raise RuntimeError("graph_capture on accelerators is not implemented yet")
         yield graph_capture_context

@@ -18,7 +18,7 @@ __all__ = ["RankLogger", "init_logger"]
 _said: set[tuple[str, int, str]] = set()
 
 
-class RankLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
+class RankLogger(logging.LoggerAdapter):
     """A logger whose ``info`` speaks on chosen ranks only, and which can say a thing once per process."""
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:

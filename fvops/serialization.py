@@ -1,8 +1,8 @@
 """Objects as bytes, for `broadcast_object` and its relatives; nothing that arrives is trusted.
 
-Encoding is ``torch.save``; decoding is ``torch.load(weights_only=True)``, which builds plain containers, scalars, tensors
-and torch's own value types, and runs no code that the bytes name. Classes beyond those are allowed one by one with
-`add_safe_globals`.
+Encoding is ``torch.save``; decoding is ``torch.load(weights_only=True)``, which builds plain containers, scalars,
+tensors and torch's own value types, and runs no code that the bytes name. Classes beyond those are allowed one by one
+with `add_safe_globals`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _allowed: list[Any] = []
 
 
 def add_safe_globals(classes: list[Any]) -> None:
-    """Allow objects of `classes` to arrive from other ranks (each rank must allow them). Adds to what was allowed before."""
+    """Allow objects of `classes` to arrive from other ranks; each rank must allow them. Adds to what was allowed."""
     _allowed.extend(item for item in classes if item not in _allowed)
 
 

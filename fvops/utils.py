@@ -36,7 +36,7 @@ def divide(numerator: int, denominator: int) -> int:
 def split_tensor_along_last_dim(
     tensor: Tensor, num_partitions: int, contiguous_split_chunks: bool = False
 ) -> Sequence[Tensor]:
-    """Split ``[..., N]`` into `num_partitions` tensors ``[..., N / num_partitions]``: views, unless contiguity is asked for."""
+    """Split ``[..., N]`` into `num_partitions` tensors ``[..., N / num_partitions]``: views, or contiguous."""
     chunks = torch.split(tensor, divide(tensor.size(-1), num_partitions), dim=-1)
     if contiguous_split_chunks:
         return tuple(chunk.contiguous() for chunk in chunks)

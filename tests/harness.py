@@ -1,8 +1,8 @@
 """Tests over real processes: n ranks on this machine that serve one test after another.
 
 `Ranks(n).run(function, *args)` calls ``function(*args)`` on every rank and returns the ranks' results. The function is
-a module's top-level function; arguments and results are what `torch.save` takes. Workers are spawned once per world size
-(importing torch costs seconds) and hold an initialized fvops with one sequence-parallel group over all ranks.
+a module's top-level function; arguments and results are what `torch.save` takes. Workers are spawned once per world
+size (importing torch costs seconds) and hold an initialized fvops with one sequence-parallel group over all ranks.
 
 Every run has a deadline. When it passes, every rank's Python stacks and log are printed and all are killed. An error of
 any rank is raised with its own traceback. After either, the next run gets new processes.

@@ -1,7 +1,7 @@
 """What torch.compile has to be told about the ops: everything that depends on compiler internals is in this package.
 
-It knows the ops by their overloads and nothing of groups or transports. `install` runs at the first fake call of any op,
-that is when something is traced: importing Inductor's lowerings costs about a second, which eager programs do not pay.
+It knows the ops by their overloads and nothing of groups or transports. `install` runs at the first fake call of any
+op, that is when something is traced: importing Inductor's lowerings costs a second, which eager programs do not pay.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Autograd Functions over a raw process group, for programs that called upstream's. New code uses the groups' methods.
 
-They run in eager only: a compiled program's gradients are those of ``torch.ops.fvops``. A `group` here is a ProcessGroup
-or a device communicator.
+They run in eager only: a compiled program's gradients are those of ``torch.ops.fvops``. A `group` here is a
+ProcessGroup or a device communicator.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class _Slice(Function):
 
 
 class DistributedAutograd:
-    """The Functions, by upstream's names; call ``DistributedAutograd.AllGather.apply(group, input_, world_size, dim)``."""
+    """The Functions, by upstream's names: ``DistributedAutograd.AllGather.apply(group, input_, world_size, dim)``."""
 
     AllReduce = _AllReduce
     AllGather = _AllGather

@@ -58,7 +58,7 @@ class ProcessGroupTransport:
     def all_to_all(
         self, recv: Tensor, send: Tensor, recv_rows: Sequence[int] | None = None, send_rows: Sequence[int] | None = None
     ) -> None:
-        """Part j of `send` goes to peer j; part j of `recv` comes from it. Parts are equal, or so many rows of dim 0."""
+        """Part j of `send` goes to peer j, part j of `recv` comes from it: equal parts, or so many rows of dim 0."""
         dist.all_to_all_single(
             as_bytes(recv), as_bytes(send), _row_bytes(recv, recv_rows), _row_bytes(send, send_rows), group=self.group
         )

@@ -1,4 +1,4 @@
-"""How an op is defined: one call that gives ``torch.ops.fvops.<name>`` its schema, fake, gradient, effect and eager code.
+"""How an op is defined: one call gives ``torch.ops.fvops.<name>`` its schema, fake, gradient, effect and eager code.
 
 `torch.library.Library` rather than ``custom_op``, whose every call costs 10-30 us. The autograd kernel is ours for the
 same reason; it is the one place that touches dispatcher internals (checked on torch 2.11 and 2.13,
