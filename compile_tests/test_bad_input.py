@@ -42,6 +42,7 @@ def _cases() -> dict[str, tuple[Call, Tensor, type[Exception], list[str]]]:
         ),
         "dst": (lambda x: sp().gather(x, P), _four(2, 2), ValueError, [f"dst={P}", f"0 to {P - 1}"]),
         "src": (lambda x: sp().broadcast(x + 1, -1), _four(2, 2), ValueError, ["src=-1", f"0 to {P - 1}"]),
+        "expanded": (lambda x: sp().broadcast(x.expand(4)), _four(1), ValueError, ["share memory", name]),
         "peer": (lambda x: sp().send(x, P), _four(2, 2), ValueError, [f"dst={P}", name]),
         "itself": (lambda x: sp().send(x, place), _four(2, 2), ValueError, ["itself", f"dst={place}"]),
         "device": (lambda x: sp().all_gather(x), _four(2, 2, device="meta"), ValueError, ["meta", "cpu", name]),

@@ -28,6 +28,7 @@ __all__ = [
     "check_place",
     "check_reduce_op",
     "check_strided",
+    "check_writable",
     "fail",
     "where",
 ]
@@ -195,6 +196,16 @@ def check_peer(op: str, group_name: str, what: str, peer: int, rank: int, world_
         fail(
             ValueError,
             f"{where(op, group_name)}: {what}={_number(peer)} is this rank itself; a peer must be another rank",
+        )
+
+
+def check_writable(op: str, group_name: str, tensor: Tensor) -> None:
+    """ValueError for an expanded tensor, into which nothing can be received in place."""
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        fail(
+            ValueError,
+            f"{where(op, group_name)}: cannot be filled in place, several of its elements share memory "
+            "(an expanded tensor); use its contiguous() copy",
         )
 
 

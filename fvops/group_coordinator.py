@@ -7,6 +7,7 @@ function and guards on it: a group re-created under the same name with the same 
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -105,7 +106,8 @@ class GroupCoordinator:
         self.unique_name = registry.agree_on_name(group_name or "anonymous", self._agree_on_max)
         self._owned_groups = owned_groups
         build = CpuCommunicator if device.type == "cpu" else DeviceCommunicatorBase
-        communicator = build(cpu_group, self.device, device_group, self.unique_name)
+        life = self._agree_on_max(secrets.randbits(62))
+        communicator = build(cpu_group, self.device, device_group, self.unique_name, life=life)
         self._communicator: DeviceCommunicatorBase | None = communicator
         # The ops always have one to run on; the attribute is None where upstream's is.
         self.device_communicator: DeviceCommunicatorBase | None = (
@@ -255,6 +257,8 @@ class GroupCoordinator:
         """
         checks.check_place("broadcast", self.unique_name, "src", src, self.world_size)
         checks.check_no_grad("broadcast", self.unique_name, input_, "in place it has no gradient")
+        checks.check_strided("broadcast", self.unique_name, input_)
+        checks.check_writable("broadcast", self.unique_name, input_)
         if self.world_size == 1:
             return input_
         received = ops.broadcast(self, input_, src)

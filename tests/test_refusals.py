@@ -57,6 +57,7 @@ BAD: dict[str, tuple[Callable[[Any, int], Any], type[Exception], str]] = {
         "negative size -1",
     ),
     "broadcast src": (lambda g, P: g.broadcast(torch.ones(2), P), ValueError, "src={P}.*0 to {P-1}"),
+    "broadcast into expanded": (lambda g, P: g.broadcast(torch.ones(1).expand(4), 0), ValueError, "share memory"),
     "broadcast negative src": (lambda g, P: g.broadcast(torch.ones(2), -1), ValueError, "src=-1"),
     "gather dst": (lambda g, P: g.gather(torch.ones(2), P), ValueError, "dst={P}.*0 to {P-1}"),
     "gather negative dst": (lambda g, P: g.gather(torch.ones(2), -1), ValueError, "dst=-1"),

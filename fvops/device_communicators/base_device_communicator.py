@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fvops import checks, debug, envs
 from fvops.device_communicators.process_group_transport import ProcessGroupTransport
+from fvops.device_communicators.roll_call import RollCall
 from fvops.kernels import layout
 from fvops.reduce_op import reduce_op_name
 
@@ -34,6 +35,7 @@ class DeviceCommunicatorBase:
         device: where the tensors live; default CPU.
         device_group: process group for tensors; default `cpu_group`.
         unique_name: the group's name, for messages and records.
+        life: a number agreed by the ranks that tells this group from earlier ones of its name.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class DeviceCommunicatorBase:
         device: torch.device | str | None = None,
         device_group: dist.ProcessGroup | None = None,
         unique_name: str = "",
+        *,
+        life: int = 0,
     ) -> None:
         self.device = torch.device("cpu") if device is None else torch.device(device)
         self.cpu_group = cpu_group
@@ -53,6 +57,7 @@ class DeviceCommunicatorBase:
         self.global_rank = dist.get_rank()
         self.global_world_size = dist.get_world_size()
         self.transport = ProcessGroupTransport(self.device_group, self.ranks)
+        self.roll_call = RollCall(unique_name, life, self.rank)
 
     def all_reduce(self, input_: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """The reduction of the ranks' tensors; `op` is a ReduceOp or its name (see `reduce_op_name`)."""
@@ -245,9 +250,12 @@ class DeviceCommunicatorBase:
             call(*args)
         except RuntimeError as error:
             shape = "" if tensor is None else f" of {tuple(tensor.shape)} {tensor.dtype}"
+            peer = arguments.get("src") if op == "recv" else arguments.get("dst") if op == "send" else None
+            expected = range(self.world_size) if peer is None else [peer]
             raise RuntimeError(
-                f"{checks.where(op, self.unique_name)}{shape} failed on rank {self.rank} of {self.world_size} "
-                f"(global ranks {self.ranks}, deadline {envs.FVOPS_TIMEOUT_S:g} s): {error}"
+                f"{checks.where(op, self.unique_name)}{shape} failed on place {self.rank} of {self.world_size} "
+                f"(global ranks {self.ranks}, deadline {envs.FVOPS_TIMEOUT_S:g} s); "
+                f"{self.roll_call.describe(expected, self.ranks)}. The transport says: {error}"
             ) from error
 
 

@@ -1,0 +1,53 @@
+"""After a collective has failed: which ranks came to it?
+
+A rank whose transport gives up closes its connections, so the other ranks that were waiting fail within milliseconds
+too. Each of them leaves a mark in torch.distributed's store and looks for the others' for a moment. Who leaves none is
+missing: dead, stuck, or busy elsewhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+__all__ = ["RollCall"]
+
+# How long the other ranks get to fail as well, in seconds.
+_WINDOW_S = 2.0
+_POLL_S = 0.02
+
+
+class RollCall:
+    """The marks of one group.
+
+    Args:
+        name: the group's unique name.
+        life: a number that its ranks agreed on, so that marks of an earlier group of that name do not count.
+        rank: this rank's place.
+    """
+
+    def __init__(self, name: str, life: int, rank: int) -> None:
+        self._prefix = f"fvops/failed/{name}/{life}"
+        self._rank = rank
+
+    def describe(self, places: Sequence[int], ranks: Sequence[int]) -> str:
+        """Say who of `places` is missing; `ranks` are the group's global ranks. Takes at most two seconds."""
+        try:
+            absent = self._absent([place for place in places if place != self._rank])
+        except RuntimeError as error:  # DistStoreError and DistNetworkError are RuntimeErrors
+            return f"who is missing cannot be told, the store is gone, and with it perhaps global rank 0 ({error})"
+        if not absent:
+            return "every rank of the group came to it and failed too"
+        return "missing: " + ", ".join(f"place {place} (global rank {ranks[place]})" for place in absent)
+
+    def _absent(self, places: list[int]) -> list[int]:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"{self._prefix}/{self._rank}", "")
+        until = time.monotonic() + _WINDOW_S
+        while True:
+            places = [place for place in places if not store.check([f"{self._prefix}/{place}"])]
+            if not places or time.monotonic() > until:
+                return places
+            time.sleep(_POLL_S)

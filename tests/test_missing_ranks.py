@@ -1,0 +1,59 @@
+"""A rank that does not come is named, by every rank that waited for it, within the deadline."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import pytest
+import torch
+
+from tests.harness import Ranks
+
+DEADLINE_S = 3
+
+
+def _leave_out(absent: int, op: str) -> str:
+    """The error of the ranks that came; the absent one waits for the store to have heard of all the others."""
+    import torch.distributed as dist
+
+    import fvops
+
+    before = os.environ["FVOPS_TIMEOUT_S"]
+    os.environ["FVOPS_TIMEOUT_S"] = str(DEADLINE_S)
+    group = fvops.initialize_sequence_parallel_group(fvops.get_world_size(), group_name_suffix="brief")
+    store = dist.distributed_c10d._get_default_store()
+    here, P = group.rank_in_group, group.world_size
+    calls = {
+        "all_reduce": lambda: group.all_reduce(torch.ones(3)),
+        "all_to_all_4D": lambda: group.all_to_all_4D(torch.ones(1, 2, P, 2)),
+        "barrier": group.barrier,
+        "recv": lambda: group.recv((3,), torch.float32, absent),
+    }
+    text = ""
+    try:
+        if here != absent:
+            try:
+                calls[op]()
+            except RuntimeError as error:
+                text = str(error)
+            store.set(f"told/{op}/{here}", "")
+        # Everyone stays until all have told: a connection that goes away is another failure.
+        told = [f"told/{op}/{place}" for place in range(P) if place != absent]
+        store.wait(told, timedelta(seconds=30))
+    finally:
+        os.environ["FVOPS_TIMEOUT_S"] = before
+        group.destroy()
+    return text
+
+
+@pytest.mark.parametrize(
+    ("world_size", "absent", "op"), [(2, 1, "recv"), (3, 0, "all_to_all_4D"), (4, 2, "all_reduce"), (4, 1, "barrier")]
+)
+def test_who_is_missing_is_said(world_size: int, absent: int, op: str) -> None:
+    texts = Ranks.get(world_size).run(_leave_out, absent, op, deadline_s=60)
+    assert texts.pop(absent) == ""
+    for text in texts:
+        assert f"fvops.{op} on group 'sp_brief:0'" in text
+        assert f"deadline {DEADLINE_S} s" in text
+        assert f"missing: place {absent} (global rank {absent})." in text
