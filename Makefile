@@ -17,7 +17,7 @@ test: $(VENV)/ready
 
 test-slow: $(VENV)/ready
 	@echo "== test-slow: what takes minutes or gigabytes"
-	FVOPS_RANDOM_PROGRAMS=200 $(BIN)/python -m pytest -m slow --durations=10
+	FVOPS_RANDOM_PROGRAMS=$${FVOPS_RANDOM_PROGRAMS:-200} $(BIN)/python -m pytest -m slow --durations=10
 
 lint: $(VENV)/ready
 	@echo "== lint: ruff check, ruff format, mypy"
@@ -31,6 +31,7 @@ bench: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@echo "== creating $(VENV) (once): torch, then fvops with what its tests, demo and benchmarks need"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt needs Python >= 3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
 	@# torch by its exact version first: nothing later may choose another build of it.

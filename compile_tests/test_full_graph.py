@@ -41,6 +41,9 @@ def _moved_bytes_exactly(backend: str) -> None:
         "all_to_all_4D": lambda x: group.all_to_all_4D(group.all_to_all_4D(x), 1, 2),
         "all_to_all_single": lambda x: group.all_to_all_single(x.transpose(0, 1)),
         "shard": lambda x: group.shard(x, 1, scale_grad=False),
+        "broadcast": lambda x: torch.ops.fvops.broadcast(x, 1, P, group.unique_name),
+        "gather": lambda x: x if (gathered := group.gather(x, 0, 1)) is None else gathered,
+        "send and recv": lambda x: (group.send(x), group.recv(x.shape, x.dtype))[1],
     }
     dtypes = (torch.float16, torch.bfloat16, torch.float64, torch.int16, torch.int64, torch.bool, torch.float8_e4m3fn)
     inputs = [(example(P, group.rank_in_group) * 4).to(dtype) for dtype in dtypes]

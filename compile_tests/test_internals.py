@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import pytest
 import torch
 from torch import _C
 
@@ -21,6 +22,17 @@ def test_dispatcher_parts_of_the_autograd_kernel() -> None:
     assert (with_mode & keys).highestPriorityTypeId() not in (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
     with _C._AutoDispatchBelowAutograd():
         assert not torch.ones(1, requires_grad=True).mul(2).requires_grad
+
+
+def test_a_graph_break_shows_its_message() -> None:
+    """fvops/checks.py: how an error's text gets through fullgraph=True."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break(msg=f"size {x.size(0)}")
+        return x
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="size 3"):
+        torch.compile(function, backend="eager", fullgraph=True, dynamic=False)(torch.ones(3))
 
 
 def test_effect_registration() -> None:

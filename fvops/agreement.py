@@ -18,7 +18,7 @@ _FINGERPRINT_BYTES = 128
 
 def fingerprint() -> str:
     """The version and a digest of the op schemas of this process."""
-    schemas = sorted(str(op._schema) for op in compiler.ordered_ops)
+    schemas = sorted(str(op._schema) for op in [*compiler.ordered_ops, torch.ops.fvops.shard.default])
     return f"fvops {__version__}, ops {hashlib.sha256(repr(schemas).encode()).hexdigest()[:16]}"
 
 

@@ -35,6 +35,16 @@ __all__ = [
 
 REDUCE_OPS = ("sum", "avg", "max", "min", "product")
 
+# What every transport can reduce, some of it in a wider dtype.
+REDUCIBLE = frozenset(
+    {
+        torch.float16, torch.bfloat16, torch.float32, torch.float64,
+        torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz,
+        torch.int8, torch.int16, torch.int32, torch.int64,
+        torch.uint8, torch.uint16, torch.uint32, torch.bool,
+    }
+)  # fmt: skip
+
 
 def fail(kind: type[Exception], message: str) -> NoReturn:
     """Raise ``kind(message)``, so that the message reaches the user from inside a traced function too.
@@ -45,6 +55,15 @@ def fail(kind: type[Exception], message: str) -> NoReturn:
     if torch.compiler.is_dynamo_compiling():
         torch._dynamo.graph_break(msg=message)
     raise kind(message)
+
+
+def _known(condition: bool) -> bool:
+    """`condition`, but False for one on sizes that a trace cannot know (from ``.tolist()``): eager will look again."""
+    if isinstance(condition, bool) and not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(condition)
 
 
 def _number(size: int) -> int:
@@ -104,7 +123,7 @@ def check_reduce_op(op: str, group_name: str, reduce_op: str, dtype: torch.dtype
     """ValueError for an unknown reduction, TypeError for one that the dtype does not have."""
     if reduce_op not in REDUCE_OPS:
         fail(ValueError, f"{where(op, group_name)}: unknown reduction {reduce_op!r}; known: {', '.join(REDUCE_OPS)}")
-    if dtype.is_complex or (dtype == torch.bool and reduce_op in ("sum", "avg")):
+    if dtype not in REDUCIBLE or (dtype == torch.bool and reduce_op in ("sum", "avg")):
         fail(TypeError, f"{where(op, group_name)}: {reduce_op} of {dtype} is not supported")
     if reduce_op == "avg" and not dtype.is_floating_point:
         fail(TypeError, f"{where(op, group_name)}: avg needs a floating-point tensor, got {dtype}")
@@ -165,9 +184,9 @@ def check_all_to_all_single(
                 f"needs one for each of {_number(world_size)} ranks",
             )
         for size in sizes:
-            if size < 0:
+            if _known(size < 0):
                 fail(ValueError, f"{where(op, group_name)}: {what} has a negative size {_number(size)}")
-    if sum(input_split_sizes) != input_.size(0):
+    if _known(sum(input_split_sizes) != input_.size(0)):
         fail(
             ValueError,
             f"{where(op, group_name)}: input_split_sizes add up to {_number(sum(input_split_sizes))}, "
@@ -200,12 +219,18 @@ def check_peer(op: str, group_name: str, what: str, peer: int, rank: int, world_
 
 
 def check_writable(op: str, group_name: str, tensor: Tensor) -> None:
-    """ValueError for an expanded tensor, into which nothing can be received in place."""
+    """ValueError for a tensor into which nothing can be received in place: an expanded or an inference tensor."""
     if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         fail(
             ValueError,
             f"{where(op, group_name)}: cannot be filled in place, several of its elements share memory "
             "(an expanded tensor); use its contiguous() copy",
+        )
+    # Dynamo cannot ask this; in a compiled function torch's own error says it, after the exchange.
+    if not torch.compiler.is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        fail(
+            ValueError,
+            f"{where(op, group_name)}: an inference tensor cannot be filled in place outside torch.inference_mode()",
         )
 
 

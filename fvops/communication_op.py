@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fvops.checks import check_dim
 from fvops.parallel_state import get_local_torch_device, get_sp_group, get_tp_group
 from fvops.utils import compute_padding_for_sp, pad_sequence_tensor, unpad_sequence_tensor
 
@@ -46,6 +47,7 @@ def sequence_model_parallel_shard(input_: Tensor, dim: int = 1) -> tuple[Tensor,
         The slice ``[..., ceil(S/P), ...]`` and the length S before padding, in entries of `dim`.
     """
     group = get_sp_group()
+    dim = check_dim("shard", group.unique_name, input_, dim)
     original_len = input_.size(dim)
     padded_len, amount = compute_padding_for_sp(original_len, group.world_size)
     if amount:

@@ -19,6 +19,7 @@ from torch import Tensor
 from fvops import checks, envs, objects, ops, registry
 from fvops.device_communicators.base_device_communicator import DeviceCommunicatorBase
 from fvops.device_communicators.cpu_communicator import CpuCommunicator
+from fvops.device_communicators.roll_call import RollCall
 from fvops.logger import init_logger
 from fvops.platforms import local_torch_device
 from fvops.reduce_op import reduce_op_name
@@ -41,7 +42,7 @@ class GroupCoordinator:
     """The group, out of `group_ranks`, that this process is in. Collective: every rank of the world makes it alike.
 
     Args:
-        group_ranks: global ranks of each group; every rank of the world is in at most one, this one in exactly one.
+        group_ranks: global ranks of each group; every rank of the world is in exactly one.
         local_rank: this process's place on its node; picks the device.
         torch_distributed_backend: backend of the device group, e.g. "gloo" or "nccl".
         use_device_communicator: build a device communicator (for more than one rank).
@@ -50,7 +51,7 @@ class GroupCoordinator:
         device: where the group's tensors live; default CPU for gloo, else this rank's accelerator.
 
     Raises:
-        ValueError: this rank is in none of `group_ranks`, or in several, or a rank is out of the world.
+        ValueError: a rank is in none of `group_ranks`, or in several, or out of the world. On every rank.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class GroupCoordinator:
         if not dist.is_initialized():
             raise RuntimeError("torch.distributed is not initialized; call init_distributed_environment first")
         rank = dist.get_rank()
-        _check_group_ranks(group_ranks, rank, group_name)
+        _check_group_ranks(group_ranks, group_name)
         deadline = timedelta(seconds=envs.FVOPS_TIMEOUT_S)
         device_group: Any = None
         cpu_group: Any = None
@@ -106,8 +107,10 @@ class GroupCoordinator:
         self.unique_name = registry.agree_on_name(group_name or "anonymous", self._agree_on_max)
         self._owned_groups = owned_groups
         build = CpuCommunicator if device.type == "cpu" else DeviceCommunicatorBase
+        communicator = build(cpu_group, self.device, device_group, self.unique_name)
+        # The name may have belonged to another group before; its failures are not this one's.
         life = self._agree_on_max(secrets.randbits(62))
-        communicator = build(cpu_group, self.device, device_group, self.unique_name, life=life)
+        communicator.roll_call = RollCall(self.unique_name, life, self.rank_in_group)
         self._communicator: DeviceCommunicatorBase | None = communicator
         # The ops always have one to run on; the attribute is None where upstream's is.
         self.device_communicator: DeviceCommunicatorBase | None = (
@@ -184,7 +187,7 @@ class GroupCoordinator:
         """Global rank of the previous place; the first one's previous is the last."""
         return self.ranks[(self.rank_in_group - 1) % self.world_size]
 
-    # --- tensors. With one rank the input is returned (checked all the same); an op never returns its input itself.
+    # --- tensors. A group of one rank returns the input, checked like any; an op itself never returns its input.
 
     def all_reduce(self, input_: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """The reduction of the ranks' tensors, as a new tensor. Differentiable for SUM and AVG.
@@ -192,15 +195,10 @@ class GroupCoordinator:
         Args:
             op: ReduceOp.SUM, AVG, MAX, MIN or PRODUCT; None means SUM.
         """
-        if self.world_size == 1:
-            return input_
         return ops.all_reduce(self, input_, reduce_op_name(op))
 
     def all_gather(self, input_: Tensor, dim: int = -1) -> Tensor:
         """The ranks' tensors concatenated along `dim`: ``[..., n, ...] -> [..., P*n, ...]``. Differentiable."""
-        if self.world_size == 1:
-            checks.check_dim("all_gather", self.unique_name, input_, dim)
-            return input_
         return ops.all_gather(self, input_, dim)
 
     def reduce_scatter(self, input_: Tensor, op: Any = dist.ReduceOp.SUM, dim: int = -1) -> Tensor:
@@ -209,9 +207,6 @@ class GroupCoordinator:
         Raises:
             ValueError: `dim` is not divisible by P.
         """
-        if self.world_size == 1:
-            checks.check_dim("reduce_scatter", self.unique_name, input_, dim)
-            return input_
         return ops.reduce_scatter(self, input_, reduce_op_name(op), dim)
 
     def all_to_all_4D(self, input_: Tensor, scatter_dim: int = 2, gather_dim: int = 1) -> Tensor:
@@ -220,9 +215,6 @@ class GroupCoordinator:
         Raises:
             ValueError: not a 4D tensor, another pair of dims, or the scattered dim is not divisible by P.
         """
-        if self.world_size == 1:
-            checks.check_all_to_all_4D(self.unique_name, input_, scatter_dim, gather_dim, 1)
-            return input_
         return ops.all_to_all_4D(self, input_, scatter_dim, gather_dim)
 
     def all_to_all_single(
@@ -237,17 +229,10 @@ class GroupCoordinator:
             output_split_sizes: rows received from each place; None: equal parts.
             input_split_sizes: rows sent to each place; both are given or neither.
         """
-        if self.world_size == 1:
-            checks.check_all_to_all_single(self.unique_name, input_, output_split_sizes, input_split_sizes, 1)
-            return input_
         return ops.all_to_all_single(self, input_, output_split_sizes, input_split_sizes)
 
     def gather(self, input_: Tensor, dst: int = 0, dim: int = -1) -> Tensor | None:
         """The ranks' tensors concatenated along `dim` on place `dst`, None elsewhere. No gradient: refused."""
-        if self.world_size == 1:
-            checks.check_place("gather", self.unique_name, "dst", dst, 1)
-            checks.check_dim("gather", self.unique_name, input_, dim)
-            return input_
         return ops.gather(self, input_, dst, dim)
 
     def broadcast(self, input_: Tensor, src: int = 0) -> Tensor:
@@ -259,8 +244,6 @@ class GroupCoordinator:
         checks.check_no_grad("broadcast", self.unique_name, input_, "in place it has no gradient")
         checks.check_strided("broadcast", self.unique_name, input_)
         checks.check_writable("broadcast", self.unique_name, input_)
-        if self.world_size == 1:
-            return input_
         received = ops.broadcast(self, input_, src)
         if self.rank_in_group != src:
             input_.copy_(received)
@@ -275,9 +258,6 @@ class GroupCoordinator:
         Raises:
             ValueError: `dim` is not divisible by P.
         """
-        if self.world_size == 1:
-            checks.check_dim("shard", self.unique_name, input_, dim)
-            return input_
         return ops.shard(self, input_, dim, scale_grad)
 
     def send(self, tensor: Tensor, dst: int | None = None) -> None:
@@ -348,7 +328,7 @@ class GroupCoordinator:
             checks.fail(RuntimeError, f"{checks.where(op, self.unique_name)}: a group of one rank has no partner")
 
 
-def _check_group_ranks(group_ranks: list[list[int]], rank: int, group_name: str | None) -> None:
+def _check_group_ranks(group_ranks: list[list[int]], group_name: str | None) -> None:
     world_size = dist.get_world_size()
     everyone = [member for ranks in group_ranks for member in ranks]
     outside = sorted({member for member in everyone if not 0 <= member < world_size})
@@ -359,5 +339,6 @@ def _check_group_ranks(group_ranks: list[list[int]], rank: int, group_name: str 
     twice = sorted({member for member in everyone if everyone.count(member) > 1})
     if twice:
         raise ValueError(f"group_ranks of group {group_name!r} name ranks {twice} more than once: {group_ranks}")
-    if rank not in everyone:
-        raise ValueError(f"rank {rank} is in none of the groups {group_ranks} of group {group_name!r}")
+    left_out = sorted(set(range(world_size)) - set(everyone))
+    if left_out:
+        raise ValueError(f"group_ranks of group {group_name!r} leave out ranks {left_out}: {group_ranks}")

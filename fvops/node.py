@@ -25,6 +25,7 @@ def is_the_same_node_as(pg: dist.ProcessGroup, source_rank: int = 0) -> list[boo
 
     Raises:
         ValueError: `source_rank` is no place in `pg`, or `pg` is an NCCL group (it cannot carry CPU tensors).
+        RuntimeError: the source has no shared memory to write to; raised on every rank.
     """
     if dist.get_backend(pg) in ("nccl", "hccl"):
         raise ValueError(f"is_the_same_node_as needs a group for CPU tensors (gloo), got {dist.get_backend(pg)}")
@@ -38,12 +39,15 @@ def is_the_same_node_as(pg: dist.ProcessGroup, source_rank: int = 0) -> list[boo
         secret = torch.frombuffer(bytearray(secrets.token_bytes(2 * _TOKEN_BYTES)), dtype=torch.uint8)
     dist.broadcast(secret, src=ranks[source_rank], group=pg)
     data = secret.numpy().tobytes()
+    failure = ""
     path = os.path.join(_shared_folder(), f"fvops-node-{data[:_TOKEN_BYTES].hex()}")
     try:
         if own == source_rank:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data[_TOKEN_BYTES:])
+            try:
+                _write(path, data[_TOKEN_BYTES:])
+            except OSError as error:
+                # The others are on their way to the barrier: go there too, and let the flags tell them.
+                failure = f": {error}"
         dist.barrier(group=pg)
         same = torch.tensor([_reads(path, data[_TOKEN_BYTES:])], dtype=torch.uint8)
         everyone = torch.zeros(len(ranks), dtype=torch.uint8)
@@ -52,6 +56,11 @@ def is_the_same_node_as(pg: dist.ProcessGroup, source_rank: int = 0) -> list[boo
         if own == source_rank:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+    if not everyone[source_rank]:
+        raise RuntimeError(
+            f"place {source_rank} cannot read back its own file in {_shared_folder()}: "
+            f"is that full or read-only?{failure}"
+        )
     return [bool(flag) for flag in everyone]
 
 
@@ -63,6 +72,12 @@ def get_same_node_ranks(pg: dist.ProcessGroup, source_rank: int = 0) -> list[int
 
 def _shared_folder() -> str:
     return "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
+
+
+def _write(path: str, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
 
 
 def _reads(path: str, content: bytes) -> bool:

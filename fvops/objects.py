@@ -17,17 +17,18 @@ def broadcast(objects: list[Any], src: int, group: dist.ProcessGroup) -> list[An
     """`objects` of global rank `src`, on every rank of `group` (gloo), in one message.
 
     Raises:
-        TypeError: the sender cannot encode them; every rank raises, with the sender's reason.
+        TypeError: the sender cannot encode them; every rank raises, with the sender's reason (on the sender it is
+            the exception itself).
     """
     sending = dist.get_rank() == src
-    failure: TypeError | None = None
+    failure: Exception | None = None
     data = torch.empty(0, dtype=torch.uint8)
     if sending:
         try:
             data = encode(objects)
-        except TypeError as error:
-            # The others are waiting: they get the reason in the object's place.
-            failure, data = error, _text_to_bytes(str(error))
+        except Exception as error:
+            # Whatever an object's own code raises: the others are waiting, and get the reason in the object's place.
+            failure, data = error, _text_to_bytes(f"{type(error).__name__}: {error}")
     header = torch.tensor([data.numel(), failure is not None])
     dist.broadcast(header, src=src, group=group)
     if not sending:

@@ -208,11 +208,9 @@ def init_distributed_environment(
 def _node_ranks(cpu_group: dist.ProcessGroup, world_size: int) -> list[list[int]]:
     """The world's ranks, node by node."""
     nodes: list[list[int]] = []
-    while (seen := sum(map(len, nodes))) < world_size:
+    while sum(map(len, nodes)) < world_size:
         first = next(rank for rank in range(world_size) if not any(rank in ranks for ranks in nodes))
         nodes.append(get_same_node_ranks(cpu_group, first))
-        if sum(map(len, nodes)) <= seen:
-            raise RuntimeError(f"rank {first} cannot read its own shared memory file; is /dev/shm full?")
     return nodes
 
 
@@ -422,6 +420,7 @@ def destroy_distributed_environment() -> None:
             group.destroy()
     _WORLD = _NODE = None
     if _STARTED_TORCH_DISTRIBUTED and dist.is_initialized():
+        destroy_model_parallel()
         destroy_all_groups()
         dist.destroy_process_group()
     _STARTED_TORCH_DISTRIBUTED = False

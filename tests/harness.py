@@ -91,13 +91,21 @@ class Ranks:
         folder = cache or tempfile.mkdtemp(prefix="cache-", dir=self._folder)
         job = (function.__module__, function.__qualname__, args, initialize, folder, self._jobs)
         message = _dump(job)
-        for connection in self._connections:
-            connection.send_bytes(message)
         try:
+            self._send(message)
             return self._collect(function.__qualname__, deadline_s)
         finally:
             if cache is None:
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _send(self, message: bytes) -> None:
+        try:
+            for connection in self._connections:
+                connection.send_bytes(message)
+        except OSError:
+            codes = [process.exitcode for process in self._processes]
+            self.kill()
+            raise RankFailure(f"a worker died between two runs; exit codes {codes}") from None
 
     def _collect(self, name: str, deadline_s: float) -> list[Any]:
         replies: dict[int, tuple[str, Any]] = {}

@@ -25,7 +25,9 @@ def salt() -> str:
     """Identifies this version of the ops: the package's version and a digest of all code that shapes a graph."""
     package = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    for path in sorted([*package.glob("ops/*.py"), *package.glob("compiler/*.py"), package / "checks.py"]):
+    for path in sorted(
+        path for pattern in ("ops/*.py", "compiler/*.py", "checks.py") for path in package.glob(pattern)
+    ):
         digest.update(path.read_bytes())
     return f"fvops-{__version__}-{digest.hexdigest()[:16]}"
 

@@ -35,7 +35,6 @@ class DeviceCommunicatorBase:
         device: where the tensors live; default CPU.
         device_group: process group for tensors; default `cpu_group`.
         unique_name: the group's name, for messages and records.
-        life: a number agreed by the ranks that tells this group from earlier ones of its name.
     """
 
     def __init__(
@@ -44,8 +43,6 @@ class DeviceCommunicatorBase:
         device: torch.device | str | None = None,
         device_group: dist.ProcessGroup | None = None,
         unique_name: str = "",
-        *,
-        life: int = 0,
     ) -> None:
         self.device = torch.device("cpu") if device is None else torch.device(device)
         self.cpu_group = cpu_group
@@ -57,7 +54,8 @@ class DeviceCommunicatorBase:
         self.global_rank = dist.get_rank()
         self.global_world_size = dist.get_world_size()
         self.transport = ProcessGroupTransport(self.device_group, self.ranks)
-        self.roll_call = RollCall(unique_name, life, self.rank)
+        self._issued: dict[str, int] = {}
+        self.roll_call = RollCall(unique_name, 0, self.rank)
 
     def all_reduce(self, input_: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """The reduction of the ranks' tensors; `op` is a ReduceOp or its name (see `reduce_op_name`)."""
@@ -235,6 +233,11 @@ class DeviceCommunicatorBase:
         self, op: str, tensor: Tensor | None, arguments: dict[str, Any], call: Callable[..., Any], *args: Any
     ) -> None:
         """Record the collective, run it, and say in any error which one it was."""
+        peer = arguments["src"] if op == "recv" else arguments["dst"] if op == "send" else None
+        # Collectives are counted alike on all ranks, messages between two ranks on both of them.
+        way = "collective" if peer is None else f"{self.rank}-{peer}" if op == "send" else f"{peer}-{self.rank}"
+        self._issued[way] = number = self._issued.get(way, 0) + 1
+        this_call = f"{way} {number}"
         if debug.recorders:
             debug.record(
                 debug.CollectiveRecord(
@@ -250,12 +253,11 @@ class DeviceCommunicatorBase:
             call(*args)
         except RuntimeError as error:
             shape = "" if tensor is None else f" of {tuple(tensor.shape)} {tensor.dtype}"
-            peer = arguments.get("src") if op == "recv" else arguments.get("dst") if op == "send" else None
             expected = range(self.world_size) if peer is None else [peer]
             raise RuntimeError(
                 f"{checks.where(op, self.unique_name)}{shape} failed on place {self.rank} of {self.world_size} "
                 f"(global ranks {self.ranks}, deadline {envs.FVOPS_TIMEOUT_S:g} s); "
-                f"{self.roll_call.describe(expected, self.ranks)}. The transport says: {error}"
+                f"{self.roll_call.describe(this_call, expected, self.ranks)}. The transport says: {error}"
             ) from error
 
 

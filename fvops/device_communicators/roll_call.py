@@ -32,22 +32,27 @@ class RollCall:
         self._prefix = f"fvops/failed/{name}/{life}"
         self._rank = rank
 
-    def describe(self, places: Sequence[int], ranks: Sequence[int]) -> str:
-        """Say who of `places` is missing; `ranks` are the group's global ranks. Takes at most two seconds."""
+    def describe(self, call: str, places: Sequence[int], ranks: Sequence[int]) -> str:
+        """Say who of `places` did not come to `call`. Takes at most two seconds.
+
+        Args:
+            call: names this one call of the group, alike on all ranks that took part in it.
+            ranks: the group's global ranks.
+        """
         try:
-            absent = self._absent([place for place in places if place != self._rank])
+            absent = self._absent(call, [place for place in places if place != self._rank])
         except RuntimeError as error:  # DistStoreError and DistNetworkError are RuntimeErrors
             return f"who is missing cannot be told, the store is gone, and with it perhaps global rank 0 ({error})"
         if not absent:
-            return "every rank of the group came to it and failed too"
+            return "every rank of the group came to it, and it failed there too"
         return "missing: " + ", ".join(f"place {place} (global rank {ranks[place]})" for place in absent)
 
-    def _absent(self, places: list[int]) -> list[int]:
+    def _absent(self, call: str, places: list[int]) -> list[int]:
         store = dist.distributed_c10d._get_default_store()
-        store.set(f"{self._prefix}/{self._rank}", "")
+        store.set(f"{self._prefix}/{call}/{self._rank}", "")
         until = time.monotonic() + _WINDOW_S
         while True:
-            places = [place for place in places if not store.check([f"{self._prefix}/{place}"])]
+            places = [place for place in places if not store.check([f"{self._prefix}/{call}/{place}"])]
             if not places or time.monotonic() > until:
                 return places
             time.sleep(_POLL_S)

@@ -1,8 +1,8 @@
 """Every collective as ``torch.ops.fvops.<name>``; one file an op: schema, checks, eager code, fake, gradient.
 
 The functions here are what `GroupCoordinator` calls: the op, with the group's name, world size and rank filled in. In
-eager the op checks its arguments; under compilation the same checks run here, in traced Python, from where their errors
-reach the user. Meta tensors are checked here too: to the op they are a question about shapes, not a mistake.
+eager the op checks its arguments; where it cannot (see `checked_in_python`), the same checks run here. A group of one
+rank gets its input back.
 """
 
 from fvops.ops.all_gather import all_gather

@@ -13,11 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import _C, Tensor
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
+from torch.autograd import forward_ad
 from torch.library import Library
 
 from fvops import compiler
+from fvops.registry import resolve
 
-__all__ = ["LIBRARY", "Group", "define"]
+__all__ = ["LIBRARY", "Group", "checked_in_python", "define"]
 
 
 class Group(Protocol):
@@ -34,6 +36,20 @@ LIBRARY = Library("fvops", "DEF")
 _DispatchKey = _C.DispatchKey
 # Where our eager kernels live: with nothing above one of these left to do, the kernel may be called directly.
 _BACKENDS = frozenset({_DispatchKey.CPU, _DispatchKey.CUDA, _DispatchKey.PrivateUse1})
+
+
+def checked_in_python(group: Group, input_: Tensor) -> bool:
+    """Must a call's arguments be checked before it comes to the op?
+
+    Under compilation, for an error raised in traced Python reaches the user as itself; for a meta tensor, which to the
+    op is a question about shapes; and in a group of one rank, where no op is called (the group must exist even so).
+    """
+    if torch.compiler.is_compiling() or input_.is_meta:
+        return True
+    if group.world_size == 1:
+        resolve(group.unique_name, 1)
+        return True
+    return False
 
 
 def define(
@@ -101,6 +117,10 @@ def _autograd_kernel(
         differentiable = _make_function(run, backward, f"{overload._opname}_backward")
 
     def kernel(keyset: Any, input_: Tensor, *args: Any) -> Any:
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(input_).tangent is not None:
+            raise RuntimeError(
+                f"fvops.{overload._opname} on group {args[-1]!r}: forward-mode differentiation (jvp) is not supported"
+            )
         if input_.requires_grad and is_grad_enabled():
             if refuse_grad is not None:
                 refuse_grad(input_, *args)

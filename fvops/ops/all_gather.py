@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fvops import checks
-from fvops.ops._define import Group, define
+from fvops.ops._define import Group, checked_in_python, define
 from fvops.registry import resolve
 
 __all__ = ["all_gather"]
@@ -16,9 +16,11 @@ __all__ = ["all_gather"]
 
 def all_gather(group: Group, input_: Tensor, dim: int) -> Tensor:
     """``[..., n, ...] -> [..., P*n, ...]`` along `dim`."""
-    if torch.compiler.is_compiling() or input_.is_meta:
+    if checked_in_python(group, input_):
         checks.check_concat("all_gather", group.unique_name, input_, dim)
         checks.check_device("all_gather", group.unique_name, input_, group.device)
+    if group.world_size == 1:
+        return input_
     return op(input_, dim, group.world_size, group.unique_name)
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fvops import checks
-from fvops.ops._define import Group, define
+from fvops.ops._define import Group, checked_in_python, define
 from fvops.registry import resolve
 
 __all__ = ["all_reduce"]
@@ -16,10 +15,12 @@ __all__ = ["all_reduce"]
 
 def all_reduce(group: Group, input_: Tensor, reduce_op: str) -> Tensor:
     """A new tensor shaped like `input_`; `reduce_op` is sum, avg, max, min or product."""
-    if torch.compiler.is_compiling() or input_.is_meta:
+    if checked_in_python(group, input_):
         check(input_, reduce_op, group.world_size, group.unique_name)
         refuse_grad(input_, reduce_op, group.world_size, group.unique_name)
         checks.check_device("all_reduce", group.unique_name, input_, group.device)
+    if group.world_size == 1:
+        return input_
     return op(input_, reduce_op, group.world_size, group.unique_name)
 
 

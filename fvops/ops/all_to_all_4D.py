@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fvops import checks
-from fvops.ops._define import Group, define
+from fvops.ops._define import Group, checked_in_python, define
 from fvops.registry import resolve
 
 __all__ = ["all_to_all_4D"]
@@ -19,9 +18,11 @@ __all__ = ["all_to_all_4D"]
 
 def all_to_all_4D(group: Group, input_: Tensor, scatter_dim: int, gather_dim: int) -> Tensor:
     """(2, 1): ``[B, S/P, H, D] -> [B, S, H/P, D]``; (1, 2): the inverse."""
-    if torch.compiler.is_compiling() or input_.is_meta:
+    if checked_in_python(group, input_):
         checks.check_all_to_all_4D(group.unique_name, input_, scatter_dim, gather_dim, group.world_size)
         checks.check_device("all_to_all_4D", group.unique_name, input_, group.device)
+    if group.world_size == 1:
+        return input_
     return op(input_, scatter_dim, gather_dim, group.world_size, group.unique_name)
 
 

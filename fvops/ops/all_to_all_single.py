@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fvops import checks
-from fvops.ops._define import Group, define
+from fvops.ops._define import Group, checked_in_python, define
 from fvops.registry import resolve
 
 __all__ = ["all_to_all_single"]
@@ -22,10 +21,12 @@ def all_to_all_single(
     input_split_sizes: Sequence[int] | None,
 ) -> Tensor:
     """``[N, ...] -> [M, ...]``: equal parts (M = N), or with sizes in rows, where M is the sum of the output sizes."""
-    if torch.compiler.is_compiling() or input_.is_meta:
+    if checked_in_python(group, input_):
         name = group.unique_name
         checks.check_all_to_all_single(name, input_, output_split_sizes, input_split_sizes, group.world_size)
         checks.check_device("all_to_all_single", name, input_, group.device)
+    if group.world_size == 1:
+        return input_
     return op(input_, output_split_sizes, input_split_sizes, group.world_size, group.unique_name)
 
 

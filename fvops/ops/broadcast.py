@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fvops import checks
-from fvops.ops._define import Group, define
+from fvops.ops._define import Group, checked_in_python, define
 from fvops.registry import resolve
 
 __all__ = ["broadcast"]
@@ -20,9 +20,11 @@ def broadcast(group: Group, input_: Tensor, src: int) -> Tensor:
     The gradient is summed on `src` and zero elsewhere. Backward is a collective: the input must require a gradient on
     every rank or on none.
     """
-    if torch.compiler.is_compiling() or input_.is_meta:
+    if checked_in_python(group, input_):
         check(input_, src, group.world_size, group.unique_name)
         checks.check_device("broadcast", group.unique_name, input_, group.device)
+    if group.world_size == 1:
+        return input_
     return op(input_, src, group.world_size, group.unique_name)
 
 

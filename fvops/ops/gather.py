@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fvops import checks
-from fvops.ops._define import Group, define
+from fvops.ops._define import Group, checked_in_python, define
 from fvops.registry import resolve
 
 __all__ = ["gather"]
@@ -14,10 +13,12 @@ __all__ = ["gather"]
 
 def gather(group: Group, input_: Tensor, dst: int, dim: int) -> Tensor | None:
     """``[..., P*n, ...]`` on place `dst`, None elsewhere."""
-    if torch.compiler.is_compiling() or input_.is_meta:
+    if checked_in_python(group, input_):
         check(input_, dst, dim, group.world_size, group.unique_name)
         refuse_grad(input_, dst, dim, group.rank_in_group, group.world_size, group.unique_name)
         checks.check_device("gather", group.unique_name, input_, group.device)
+    if group.world_size == 1:
+        return input_
     gathered = op(input_, dst, dim, group.rank_in_group, group.world_size, group.unique_name)
     return gathered if group.rank_in_group == dst else None
 

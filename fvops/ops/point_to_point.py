@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fvops import checks
-from fvops.ops._define import Group, define
+from fvops.ops._define import Group, checked_in_python, define
 from fvops.registry import resolve
 
 __all__ = ["recv", "send"]
@@ -16,7 +16,7 @@ __all__ = ["recv", "send"]
 
 def send(group: Group, tensor: Tensor, dst: int) -> None:
     """Send `tensor` to place `dst`; may return before the receiver has posted."""
-    if torch.compiler.is_compiling() or tensor.is_meta:
+    if checked_in_python(group, tensor):
         checks.check_strided("send", group.unique_name, tensor)
         checks.check_peer("send", group.unique_name, "dst", dst, group.rank_in_group, group.world_size)
         checks.check_no_grad("send", group.unique_name, tensor)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fvops import checks
-from fvops.ops._define import Group, define
+from fvops.ops._define import Group, checked_in_python, define
 from fvops.registry import resolve
 
 __all__ = ["reduce_scatter"]
@@ -16,10 +16,12 @@ __all__ = ["reduce_scatter"]
 
 def reduce_scatter(group: Group, input_: Tensor, reduce_op: str, dim: int) -> Tensor:
     """``[..., N, ...] -> [..., N/P, ...]`` along `dim`."""
-    if torch.compiler.is_compiling() or input_.is_meta:
+    if checked_in_python(group, input_):
         check(input_, reduce_op, dim, group.world_size, group.unique_name)
         refuse_grad(input_, reduce_op, dim, group.world_size, group.unique_name)
         checks.check_device("reduce_scatter", group.unique_name, input_, group.device)
+    if group.world_size == 1:
+        return input_
     return op(input_, reduce_op, dim, group.world_size, group.unique_name)
 
 

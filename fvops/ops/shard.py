@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fvops import checks
-from fvops.ops._define import Group, define
+from fvops.ops._define import Group, checked_in_python, define
 from fvops.registry import resolve
 
 __all__ = ["shard"]
@@ -16,9 +16,11 @@ __all__ = ["shard"]
 
 def shard(group: Group, input_: Tensor, dim: int, scale_grad: bool) -> Tensor:
     """``[..., N, ...] -> [..., N/P, ...]`` along `dim`; backward all-gathers, divided by P if `scale_grad`."""
-    if torch.compiler.is_compiling() or input_.is_meta:
+    if checked_in_python(group, input_):
         checks.check_chunks("shard", group.unique_name, input_, dim, group.world_size)
         checks.check_device("shard", group.unique_name, input_, group.device)
+    if group.world_size == 1:
+        return input_
     return op(input_, dim, scale_grad, group.rank_in_group, group.world_size, group.unique_name)
 
 
