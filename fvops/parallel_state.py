@@ -18,6 +18,13 @@ import torch.distributed as dist
 from fvops import envs
 from fvops.agreement import check_same_ops
 from fvops.checks import fail
+from fvops.group_builders import (
+    consecutive_ranks,
+    group_in_world,
+    init_model_parallel_group,
+    init_world_group,
+    node_ranks,
+)
 from fvops.group_coordinator import GroupCoordinator, destroy_all_groups
 from fvops.logger import init_logger
 from fvops.node import get_same_node_ranks, is_the_same_node_as
@@ -194,55 +201,15 @@ def init_distributed_environment(
             f"asked for rank {rank} of {world_size}"
         )
     everyone = list(range(world_size))
-    world = GroupCoordinator([everyone], local_rank, backend, False, group_name="world", device=device_id)
+    world = init_world_group(everyone, local_rank, backend, device_id)
     try:
         check_same_ops(world.cpu_group)
-        nodes = _node_ranks(world.cpu_group, world_size)
+        nodes = node_ranks(world.cpu_group, world_size)
         node = init_model_parallel_group(nodes, local_rank, backend, group_name="node", device=world.device)
     except BaseException:
         world.destroy()
         raise
     _WORLD, _NODE = world, node
-
-
-def _node_ranks(cpu_group: dist.ProcessGroup, world_size: int) -> list[list[int]]:
-    """The world's ranks, node by node."""
-    nodes: list[list[int]] = []
-    while sum(map(len, nodes)) < world_size:
-        first = next(rank for rank in range(world_size) if not any(rank in ranks for ranks in nodes))
-        nodes.append(get_same_node_ranks(cpu_group, first))
-    return nodes
-
-
-def init_world_group(ranks: list[int], local_rank: int, backend: str) -> GroupCoordinator:
-    """A coordinator named "world" over `ranks`, without a device communicator."""
-    return GroupCoordinator([ranks], local_rank, backend, use_device_communicator=False, group_name="world")
-
-
-def init_model_parallel_group(
-    group_ranks: list[list[int]],
-    local_rank: int,
-    backend: str,
-    use_message_queue_broadcaster: bool = False,
-    group_name: str | None = None,
-    device: torch.device | None = None,
-) -> GroupCoordinator:
-    """A coordinator with a device communicator, over the group in `group_ranks` that this rank is in."""
-    return GroupCoordinator(
-        group_ranks,
-        local_rank,
-        backend,
-        use_device_communicator=True,
-        use_message_queue_broadcaster=use_message_queue_broadcaster,
-        group_name=group_name,
-        device=device,
-    )
-
-
-def _consecutive(world_size: int, size: int, what: str) -> list[list[int]]:
-    if size < 1 or world_size % size != 0:
-        raise ValueError(f"{what}={size} must divide the world size {world_size}")
-    return [list(range(start, start + size)) for start in range(0, world_size, size)]
 
 
 def initialize_model_parallel(
@@ -264,8 +231,8 @@ def initialize_model_parallel(
     world = get_world_group()
     if _TP is not None or _SP is not None or _DP is not None:
         raise RuntimeError("model-parallel groups are initialized already; call destroy_model_parallel first")
-    tp_ranks = _consecutive(world.world_size, tensor_model_parallel_size, "tensor_model_parallel_size")
-    sp_ranks = _consecutive(world.world_size, sequence_model_parallel_size, "sequence_model_parallel_size")
+    tp_ranks = consecutive_ranks(world.world_size, tensor_model_parallel_size, "tensor_model_parallel_size")
+    sp_ranks = consecutive_ranks(world.world_size, sequence_model_parallel_size, "sequence_model_parallel_size")
     derived = world.world_size // sequence_model_parallel_size
     if data_parallel_size not in (1, derived):
         raise ValueError(
@@ -276,9 +243,9 @@ def initialize_model_parallel(
         list(range(start, world.world_size, sequence_model_parallel_size))
         for start in range(sequence_model_parallel_size)
     ]
-    _TP = _over_world(world, tp_ranks, "tp", backend)
-    _SP = _over_world(world, sp_ranks, "sp", backend)
-    _DP = _over_world(world, dp_ranks, "dp", backend)
+    _TP = group_in_world(world, tp_ranks, "tp", backend)
+    _SP = group_in_world(world, sp_ranks, "sp", backend)
+    _DP = group_in_world(world, dp_ranks, "dp", backend)
 
 
 def ensure_model_parallel_initialized(tp_size: int, sp_size: int, dp_size: int = 1, backend: str | None = None) -> None:
@@ -350,24 +317,8 @@ def initialize_sequence_parallel_group(
 
 def _another_group(kind: str, size: int, what: str, backend: str | None, suffix: str) -> GroupCoordinator:
     world = get_world_group()
-    ranks = _consecutive(world.world_size, size, what)
-    return _over_world(world, ranks, f"{kind}_{suffix}" if suffix else kind, backend)
-
-
-def _over_world(
-    world: GroupCoordinator, group_ranks: list[list[int]], name: str, backend: str | None
-) -> GroupCoordinator:
-    """A coordinator on the world's device and, unless `backend` says otherwise, its backend."""
-    same = backend is None or backend == dist.get_backend(world.device_group)
-    return init_model_parallel_group(
-        group_ranks,
-        world.local_rank,
-        backend or dist.get_backend(world.device_group),
-        # TP groups carry the engine's control messages, for which a message queue is planned.
-        use_message_queue_broadcaster=name.startswith("tp"),
-        group_name=name,
-        device=world.device if same else None,
-    )
+    ranks = consecutive_ranks(world.world_size, size, what)
+    return group_in_world(world, ranks, f"{kind}_{suffix}" if suffix else kind, backend)
 
 
 @contextlib.contextmanager
