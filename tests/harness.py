@@ -205,7 +205,7 @@ def _serve(rank: int, world_size: int, folder: str, connection: Connection) -> N
             reply = ("raised", traceback.format_exc())
         try:
             connection.send_bytes(_dump(reply))
-        except Exception:
+        except Exception:  # torch.save can fail in any way on what a test returns; the parent shows how
             connection.send_bytes(_dump(("cannot be sent back", traceback.format_exc())))
 
 

@@ -47,7 +47,7 @@ def parallelize(model: nn.Module, group: GroupCoordinator | None = None) -> nn.M
         from diffusers import WanTransformer3DModel
         from diffusers.models.attention_dispatch import dispatch_attention_fn
     except ImportError as error:
-        raise ImportError(f"fvops.integrations.diffusers needs diffusers >= 0.36 ({error})") from error
+        raise ImportError(f"fvops.integrations.diffusers needs diffusers, as tested with 0.42 ({error})") from error
     if not isinstance(model, WanTransformer3DModel):
         raise TypeError(
             f"parallelize: {type(model).__name__} is not supported; supported: WanTransformer3DModel "
