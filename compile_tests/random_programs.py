@@ -25,6 +25,7 @@ COLLECTIVES = (
     "all_gather",
     "reduce_scatter",
     "all_to_all_4D",
+    "coalesced",
     "all_to_all_single",
     "splits",
     "broadcast",
@@ -74,7 +75,7 @@ def _draw_step(draw: st.DrawFn, kind: str, index: int, group: str, shape: tuple[
     if kind in ("reduce_scatter", "shard"):
         dims = [dim for dim in range(4) if shape[dim] % P == 0]
         return (*head, draw(st.sampled_from(dims))) if dims else None
-    if kind == "all_to_all_4D":
+    if kind in ("all_to_all_4D", "coalesced"):
         pairs = [pair for pair in ((2, 1), (1, 2)) if shape[pair[0]] % P == 0]
         return (*head, *draw(st.sampled_from(pairs))) if pairs else None
     if kind == "all_to_all_single":
@@ -99,7 +100,7 @@ def _result_shape(step: Step, shape: tuple[int, ...], P: int) -> tuple[int, ...]
         new[step[3]] *= P
     elif kind in ("reduce_scatter", "shard"):
         new[step[3]] //= P
-    elif kind == "all_to_all_4D":
+    elif kind in ("all_to_all_4D", "coalesced"):
         new[step[3]] //= P
         new[step[4]] *= P
     elif kind == "transpose":
@@ -134,6 +135,9 @@ def _run_step(group: fvops.GroupCoordinator, step: Step, x: Tensor) -> Tensor | 
         return group.shard(x, step[3], scale_grad=True)
     if kind == "all_to_all_4D":
         return group.all_to_all_4D(x, step[3], step[4])
+    if kind == "coalesced":  # one result that nobody reads
+        first, _, third = group.all_to_all_4D_coalesced([x, x * 2, x[..., :1]], step[3], step[4])
+        return first + third
     if kind == "all_to_all_single":
         return group.all_to_all_single(x)
     if kind == "splits":

@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = [
     "REDUCE_OPS",
     "check_all_to_all_4D",
+    "check_all_to_all_4D_coalesced",
     "check_all_to_all_single",
     "check_chunks",
     "check_concat",
@@ -157,6 +158,19 @@ def check_all_to_all_4D(
         )
     name = "dim 2 (heads)" if scatter_dim == 2 else "dim 1 (sequence)"
     check_divisible(op, group_name, name, input_.size(scatter_dim), world_size)
+
+
+def check_all_to_all_4D_coalesced(
+    group_name: str, inputs: Sequence[Tensor], scatter_dim: int, gather_dim: int, world_size: int
+) -> None:
+    """ValueError unless there is an input and each is one that `all_to_all_4D` takes; TypeError for no tensors."""
+    op = "all_to_all_4D_coalesced"
+    if len(inputs) == 0:
+        fail(ValueError, f"{where(op, group_name)}: needs at least one tensor, got an empty list")
+    for input_ in inputs:
+        if not isinstance(input_, Tensor):
+            fail(TypeError, f"{where(op, group_name)}: inputs must be tensors, got a {type(input_).__name__}")
+        check_all_to_all_4D(group_name, input_, scatter_dim, gather_dim, world_size, op)
 
 
 def check_all_to_all_single(

@@ -217,6 +217,18 @@ class GroupCoordinator:
         """
         return ops.all_to_all_4D(self, input_, scatter_dim, gather_dim)
 
+    def all_to_all_4D_coalesced(
+        self, inputs: Sequence[Tensor], scatter_dim: int = 2, gather_dim: int = 1
+    ) -> list[Tensor]:
+        """`all_to_all_4D` of several tensors (q, k, v), in one grouped exchange. Shapes and dtypes may differ.
+
+        Differentiable: the gradients of all inputs travel in one grouped exchange too.
+
+        Raises:
+            ValueError: the list is empty, or an input is one that `all_to_all_4D` refuses.
+        """
+        return ops.all_to_all_4D_coalesced(self, inputs, scatter_dim, gather_dim)
+
     def all_to_all_single(
         self,
         input_: Tensor,

@@ -34,9 +34,13 @@ def _lowering(op: Any) -> Callable[..., Any]:
     returns_tensor = bool(op._schema.returns)
 
     def lower(*args: Any) -> Any:
-        kernel = _create(op, *args) if returns_tensor else _create_void(op, *args)
-        _run_after_previous(kernel)
-        return ir.TensorBox.create(kernel) if returns_tensor else None
+        result = _create(op, *args) if returns_tensor else _create_void(op, *args)
+        if isinstance(result, list):
+            # An op with a list of results: each is read out of the one kernel that makes them all.
+            _run_after_previous(result[0].inputs[0])
+            return [ir.TensorBox.create(output) for output in result]
+        _run_after_previous(result)
+        return ir.TensorBox.create(result) if returns_tensor else None
 
     return lower
 

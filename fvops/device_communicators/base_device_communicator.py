@@ -53,7 +53,7 @@ class DeviceCommunicatorBase:
         self.rank = self.rank_in_group = dist.get_rank(cpu_group)
         self.global_rank = dist.get_rank()
         self.global_world_size = dist.get_world_size()
-        self.transport = ProcessGroupTransport(self.device_group, self.ranks)
+        self.transport = self._make_transport()
         self._issued: dict[str, int] = {}
         self.roll_call = RollCall(unique_name, 0, self.rank)
 
@@ -64,8 +64,8 @@ class DeviceCommunicatorBase:
             return DistributedAutograd.AllReduce.apply(self, input_, op)
         self._check("all_reduce", input_)
         checks.check_reduce_op("all_reduce", self.unique_name, op, input_.dtype)
-        output = input_.clone(memory_format=torch.contiguous_format)
-        self._issue("all_reduce", input_, {"op": op}, self.transport.all_reduce, output, op)
+        output = self.transport.empty(input_.shape, input_.dtype)
+        self._issue("all_reduce", input_, {"op": op}, self.transport.all_reduce, output, input_, op)
         return output
 
     def reduce(self, input_: Tensor, dst: int, op: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -74,8 +74,8 @@ class DeviceCommunicatorBase:
         self._check("reduce", input_, differentiable=False)
         checks.check_reduce_op("reduce", self.unique_name, op, input_.dtype)
         checks.check_place("reduce", self.unique_name, "dst", dst, self.world_size)
-        output = input_.clone(memory_format=torch.contiguous_format)
-        self._issue("reduce", input_, {"op": op, "dst": dst}, self.transport.reduce, output, op, dst)
+        output = self.transport.empty(input_.shape, input_.dtype)
+        self._issue("reduce", input_, {"op": op, "dst": dst}, self.transport.reduce, output, input_, op, dst)
         return output if self.rank == dst else output.zero_()
 
     def all_gather(self, input_: Tensor, dim: int = -1) -> Tensor:
@@ -84,10 +84,8 @@ class DeviceCommunicatorBase:
             return DistributedAutograd.AllGather.apply(self, input_, self.world_size, dim)
         self._check("all_gather", input_)
         dim = checks.check_concat("all_gather", self.unique_name, input_, dim)
-        output, parts, recv = self._concatenation(input_, dim)
-        self._issue("all_gather", input_, {"dim": dim}, self.transport.all_gather, recv, input_.contiguous())
-        if recv is not parts:
-            parts.copy_(recv)
+        output, parts = self._concatenation(input_, dim)
+        self._issue("all_gather", input_, {"dim": dim}, self.transport.all_gather, parts, input_)
         return output
 
     def reduce_scatter(self, input_: Tensor, op: Any = dist.ReduceOp.SUM, dim: int = -1) -> Tensor:
@@ -98,10 +96,10 @@ class DeviceCommunicatorBase:
         self._check("reduce_scatter", input_)
         checks.check_reduce_op("reduce_scatter", self.unique_name, op, input_.dtype)
         dim = checks.check_chunks("reduce_scatter", self.unique_name, input_, dim, self.world_size)
-        send = layout.chunks_by_rank(input_, dim, self.world_size).contiguous()
-        output = input_.new_empty(send.shape[1:])
+        parts = layout.chunks_by_rank(input_, dim, self.world_size)
+        output = self.transport.empty(parts.shape[1:], input_.dtype)
         arguments = {"op": op, "dim": dim}
-        self._issue("reduce_scatter", input_, arguments, self.transport.reduce_scatter, output, send, op)
+        self._issue("reduce_scatter", input_, arguments, self.transport.reduce_scatter, output, parts, op)
         return output
 
     def all_to_all_4D(self, input_: Tensor, scatter_dim: int = 2, gather_dim: int = 1) -> Tensor:
@@ -110,22 +108,31 @@ class DeviceCommunicatorBase:
             return DistributedAutograd.AllToAll4D.apply(self, input_, self.world_size, scatter_dim, gather_dim)
         self._check("all_to_all_4D", input_)
         checks.check_all_to_all_4D(self.unique_name, input_, scatter_dim, gather_dim, self.world_size)
-        B, S, H, D = input_.shape
-        P = self.world_size
-        if scatter_dim == 2:
-            send = layout.heads_by_rank(input_, P).contiguous()
-            output = input_.new_empty((B, S * P, H // P, D))
-            parts = layout.sequence_by_rank(output, P)
-        else:
-            send = layout.sequence_by_rank(input_, P).contiguous()
-            output = input_.new_empty((B, S // P, H * P, D))
-            parts = layout.heads_by_rank(output, P)
-        recv = layout.receive_buffer(parts)
+        output, to_parts, from_parts = self._ulysses(input_, scatter_dim)
         arguments = {"scatter_dim": scatter_dim, "gather_dim": gather_dim}
-        self._issue("all_to_all_4D", input_, arguments, self.transport.all_to_all, recv, send)
-        if recv is not parts:
-            parts.copy_(recv)
+        self._issue("all_to_all_4D", input_, arguments, self.transport.exchange, [to_parts], [from_parts])
         return output
+
+    def all_to_all_4D_coalesced(
+        self, inputs: Sequence[Tensor], scatter_dim: int = 2, gather_dim: int = 1
+    ) -> list[Tensor]:
+        """`all_to_all_4D` of several tensors, each of its own shape and dtype, in one grouped exchange."""
+        inputs = list(inputs)
+        if any(map(_needs_grad, inputs)):
+            return list(DistributedAutograd.AllToAll4DCoalesced.apply(self, scatter_dim, gather_dim, *inputs))
+        checks.check_all_to_all_4D_coalesced(self.unique_name, inputs, scatter_dim, gather_dim, self.world_size)
+        for input_ in inputs:
+            self._check("all_to_all_4D_coalesced", input_)
+        views = [self._ulysses(input_, scatter_dim) for input_ in inputs]
+        self._issue(
+            "all_to_all_4D_coalesced",
+            inputs,
+            {"scatter_dim": scatter_dim, "gather_dim": gather_dim},
+            self.transport.exchange,
+            [to_parts for _, to_parts, _ in views],
+            [from_parts for _, _, from_parts in views],
+        )
+        return [output for output, _, _ in views]
 
     def all_to_all_single(
         self,
@@ -138,26 +145,24 @@ class DeviceCommunicatorBase:
             return DistributedAutograd.AllToAllSingle.apply(self, input_, output_split_sizes, input_split_sizes)
         self._check("all_to_all_single", input_)
         checks.check_all_to_all_single(self.unique_name, input_, output_split_sizes, input_split_sizes, self.world_size)
-        rows = input_.size(0) if output_split_sizes is None else sum(output_split_sizes)
-        recv = input_.new_empty((rows, *input_.shape[1:]))
-        self._issue(
-            "all_to_all_single",
-            input_,
-            {"output_split_sizes": _tuple(output_split_sizes), "input_split_sizes": _tuple(input_split_sizes)},
-            self.transport.all_to_all,
-            recv,
-            input_.contiguous(),
-            output_split_sizes,
-            input_split_sizes,
-        )
-        return recv
+        op, transport = "all_to_all_single", self.transport
+        arguments = {"output_split_sizes": _tuple(output_split_sizes), "input_split_sizes": _tuple(input_split_sizes)}
+        if output_split_sizes is None or input_split_sizes is None:
+            output = transport.empty(input_.shape, input_.dtype)
+            parts = [layout.chunks_by_rank(tensor, 0, self.world_size) for tensor in (output, input_)]
+            self._issue(op, input_, arguments, transport.exchange, parts[:1], parts[1:])
+        else:
+            output = transport.empty((sum(output_split_sizes), *input_.shape[1:]), input_.dtype)
+            rows = output_split_sizes, input_split_sizes
+            self._issue(op, input_, arguments, transport.exchange_rows, output, input_, *rows)
+        return output
 
     def broadcast(self, input_: Tensor, src: int = 0) -> Tensor:
         """The tensor of `src`, as a new tensor, on every rank."""
         self._check("broadcast", input_, differentiable=False)
         checks.check_place("broadcast", self.unique_name, "src", src, self.world_size)
-        output = input_.clone(memory_format=torch.contiguous_format)
-        self._issue("broadcast", input_, {"src": src}, self.transport.broadcast, output, src)
+        output = self.transport.empty(input_.shape, input_.dtype)
+        self._issue("broadcast", input_, {"src": src}, self.transport.broadcast, output, input_, src)
         return output
 
     def gather(self, input_: Tensor, dst: int = 0, dim: int = -1) -> Tensor | None:
@@ -165,14 +170,8 @@ class DeviceCommunicatorBase:
         self._check("gather", input_, differentiable=False)
         checks.check_place("gather", self.unique_name, "dst", dst, self.world_size)
         dim = checks.check_concat("gather", self.unique_name, input_, dim)
-        arguments = {"dst": dst, "dim": dim}
-        if self.rank != dst:
-            self._issue("gather", input_, arguments, self.transport.gather, None, input_.contiguous(), dst)
-            return None
-        output, parts, recv = self._concatenation(input_, dim)
-        self._issue("gather", input_, arguments, self.transport.gather, recv, input_.contiguous(), dst)
-        if recv is not parts:
-            parts.copy_(recv)
+        output, parts = self._concatenation(input_, dim) if self.rank == dst else (None, None)
+        self._issue("gather", input_, {"dst": dst, "dim": dim}, self.transport.gather, parts, input_, dst)
         return output
 
     def shard(self, input_: Tensor, dim: int = -1, *, scale_grad: bool = False) -> Tensor:
@@ -191,35 +190,46 @@ class DeviceCommunicatorBase:
         dst = (self.rank + 1) % self.world_size if dst is None else dst
         self._check("send", tensor, differentiable=False)
         checks.check_peer("send", self.unique_name, "dst", dst, self.rank, self.world_size)
-        # The caller may overwrite its tensor as soon as this returns.
-        buffer = tensor.clone(memory_format=torch.contiguous_format)
-        self._issue("send", tensor, {"dst": dst}, self._send, buffer, dst)
+        self._issue("send", tensor, {"dst": dst}, self.transport.send, tensor, dst)
 
     def recv(self, size: Sequence[int], dtype: torch.dtype, src: int | None = None) -> Tensor:
         """A tensor of `size` and `dtype` from place `src` (default: the previous)."""
         src = (self.rank - 1) % self.world_size if src is None else src
         checks.check_peer("recv", self.unique_name, "src", src, self.rank, self.world_size)
-        output = torch.empty(tuple(size), dtype=dtype, device=self.device)
+        output = self.transport.empty(size, dtype)
         self._issue("recv", output, {"src": src}, self.transport.recv, output, src)
         return output
 
     def barrier(self) -> None:
-        """Return once every rank has called this; over the CPU group."""
-        self._issue("barrier", None, {}, dist.barrier, self.cpu_group)
+        """Return once every rank has called this; on the host, over the CPU group or shared memory."""
+        self._issue("barrier", None, {}, self.transport.barrier)
 
     def destroy(self) -> None:
-        """Release what this object holds; the process groups are their owner's."""
+        """Release what this object holds; the process groups are their owner's. Safe to call twice.
 
-    def _send(self, buffer: Tensor, dst: int) -> None:
-        self.transport.send(buffer, dst).wait()
+        Waits for open sends, at most ``FVOPS_TIMEOUT_S``; one that nobody received is reported as a warning.
+        """
+        self.transport.close()
 
-    def _concatenation(self, input_: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The output of P tensors like `input_` along `dim`, its rank-major view, and the buffer to receive into."""
+    def _make_transport(self) -> Any:
+        return ProcessGroupTransport(self.device_group, self.cpu_group, self.device, self.unique_name)
+
+    def _ulysses(self, input_: Tensor, scatter_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The output of a 4D exchange, its rank-major view, and the input's."""
+        B, S, H, D = input_.shape
+        P = self.world_size
+        if scatter_dim == 2:
+            output = self.transport.empty((B, S * P, H // P, D), input_.dtype)
+            return output, layout.sequence_by_rank(output, P), layout.heads_by_rank(input_, P)
+        output = self.transport.empty((B, S // P, H * P, D), input_.dtype)
+        return output, layout.heads_by_rank(output, P), layout.sequence_by_rank(input_, P)
+
+    def _concatenation(self, input_: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """The output of P tensors like `input_` along `dim`, and its rank-major view."""
         shape = list(input_.shape)
         shape[dim] *= self.world_size
-        output = input_.new_empty(shape)
-        parts = layout.chunks_by_rank(output, dim, self.world_size)
-        return output, parts, layout.receive_buffer(parts)
+        output = self.transport.empty(shape, input_.dtype)
+        return output, layout.chunks_by_rank(output, dim, self.world_size)
 
     def _check(self, op: str, tensor: Tensor, differentiable: bool = True) -> None:
         # One test where all is well: this is on the path of every call.
@@ -230,35 +240,45 @@ class DeviceCommunicatorBase:
             checks.check_no_grad(op, self.unique_name, tensor)
 
     def _issue(
-        self, op: str, tensor: Tensor | None, arguments: dict[str, Any], call: Callable[..., Any], *args: Any
+        self,
+        op: str,
+        tensors: Tensor | list[Tensor] | None,
+        arguments: dict[str, Any],
+        call: Callable[..., Any],
+        *args: Any,
     ) -> None:
         """Record the collective, run it, and say in any error which one it was."""
         peer = arguments["src"] if op == "recv" else arguments["dst"] if op == "send" else None
         # Collectives are counted alike on all ranks, messages between two ranks on both of them.
         way = "collective" if peer is None else f"{self.rank}-{peer}" if op == "send" else f"{peer}-{self.rank}"
         self._issued[way] = number = self._issued.get(way, 0) + 1
-        this_call = f"{way} {number}"
         if debug.recorders:
-            debug.record(
-                debug.CollectiveRecord(
-                    group=self.unique_name,
-                    op=op,
-                    shapes=() if tensor is None else (tuple(tensor.shape),),
-                    dtype=None if tensor is None else tensor.dtype,
-                    arguments=tuple(arguments.items()),
-                    nbytes=0 if tensor is None else tensor.numel() * tensor.element_size(),
-                )
-            )
+            debug.record(_record(self.unique_name, op, _list(tensors), arguments))
         try:
             call(*args)
         except RuntimeError as error:
-            shape = "" if tensor is None else f" of {tuple(tensor.shape)} {tensor.dtype}"
+            of = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in _list(tensors))
             expected = range(self.world_size) if peer is None else [peer]
             raise RuntimeError(
-                f"{checks.where(op, self.unique_name)}{shape} failed on place {self.rank} of {self.world_size} "
-                f"(global ranks {self.ranks}, deadline {envs.FVOPS_TIMEOUT_S:g} s); "
-                f"{self.roll_call.describe(this_call, expected, self.ranks)}. The transport says: {error}"
+                f"{checks.where(op, self.unique_name)}{of and f' of {of}'} failed on place {self.rank} of "
+                f"{self.world_size} (global ranks {self.ranks}, deadline {envs.FVOPS_TIMEOUT_S:g} s); "
+                f"{self.roll_call.describe(f'{way} {number}', expected, self.ranks)}. The transport says: {error}"
             ) from error
+
+
+def _list(tensors: Tensor | list[Tensor] | None) -> list[Tensor]:
+    return [] if tensors is None else [tensors] if isinstance(tensors, Tensor) else tensors
+
+
+def _record(group: str, op: str, tensors: list[Tensor], arguments: dict[str, Any]) -> debug.CollectiveRecord:
+    return debug.CollectiveRecord(
+        group=group,
+        op=op,
+        shapes=tuple(tuple(tensor.shape) for tensor in tensors),
+        dtype=tensors[0].dtype if tensors else None,
+        arguments=tuple(arguments.items()),
+        nbytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+    )
 
 
 def _needs_grad(tensor: Tensor) -> bool:

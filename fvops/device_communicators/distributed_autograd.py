@@ -94,6 +94,19 @@ class _AllToAll4D(Function):
         return None, ctx.communicator.all_to_all_4D(grad, *ctx.dims), None, None, None
 
 
+class _AllToAll4DCoalesced(Function):
+    @staticmethod
+    def forward(ctx: Any, group: Any, scatter_dim: int, gather_dim: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.communicator = _communicator(group, inputs[0])
+        ctx.dims = (gather_dim, scatter_dim)
+        return tuple(ctx.communicator.all_to_all_4D_coalesced(inputs, scatter_dim, gather_dim))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, None, None, *ctx.communicator.all_to_all_4D_coalesced(grads, *ctx.dims)
+
+
 class _AllToAllSingle(Function):
     @staticmethod
     def forward(ctx: Any, group: Any, input_: Tensor, output_split_sizes: Any, input_split_sizes: Any) -> Tensor:
@@ -128,5 +141,6 @@ class DistributedAutograd:
     AllGather = _AllGather
     ReduceScatter = _ReduceScatter
     AllToAll4D = _AllToAll4D
+    AllToAll4DCoalesced = _AllToAll4DCoalesced
     AllToAllSingle = _AllToAllSingle
     Slice = _Slice

@@ -1,8 +1,7 @@
 """The transport that torch.distributed gives: flat buffers over a process group (gloo, NCCL, HCCL).
 
 Data moves as bytes, so that every dtype travels, whatever the backend's own list of dtypes. Reductions run in the
-tensor's dtype where backends know it, and in a wider one that holds it where they do not. Every buffer is contiguous
-and the caller's to give away; a call returns when its buffers may be used again (on the current stream, for a GPU).
+tensor's dtype where backends know it, and in a wider one that holds it where they do not.
 """
 
 from __future__ import annotations
@@ -14,22 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fvops import envs
+from fvops.device_communicators.flat_transport import FlatTransport, as_bytes
+from fvops.device_communicators.pending_sends import PendingSends
+from fvops.logger import init_logger
 from fvops.torch_compat import all_gather_flat, reduce_scatter_flat
 
-__all__ = ["ProcessGroupTransport", "as_bytes"]
+__all__ = ["ProcessGroupTransport"]
 
-# gloo and NCCL reduce these in no form of their own; the wider dtype represents every value, and casting back rounds
-# (floats) or wraps (integers) once.
-_REDUCED_AS = {
-    torch.bool: torch.uint8,
-    torch.int16: torch.int32,
-    torch.uint16: torch.int32,
-    torch.uint32: torch.int64,
-    torch.float8_e4m3fn: torch.float32,
-    torch.float8_e4m3fnuz: torch.float32,
-    torch.float8_e5m2: torch.float32,
-    torch.float8_e5m2fnuz: torch.float32,
-}
+logger = init_logger(__name__)
 
 # avg is a sum and a division here: not every backend has it.
 _C10D_OPS = {
@@ -41,87 +33,99 @@ _C10D_OPS = {
 }
 
 
-def as_bytes(buffer: Tensor) -> Tensor:
-    """A contiguous tensor's memory as flat uint8."""
-    # Not view(-1): a tensor of one element or none counts as contiguous whatever its strides, and keeps them.
-    return buffer.as_strided((buffer.numel(),), (1,)).view(torch.uint8)
+class ProcessGroupTransport(FlatTransport):
+    """Flat exchanges over `group`.
 
+    Args:
+        group: the process group that carries the tensors.
+        cpu_group: the one for `barrier`.
+        device: where the tensors live.
+        unique_name: the group's name, for messages.
+    """
 
-class ProcessGroupTransport:
-    """Flat exchanges over `group`; peers are places in it."""
-
-    def __init__(self, group: dist.ProcessGroup, ranks: Sequence[int]) -> None:
-        self.group = group
-        self.ranks = list(ranks)
-        self.world_size = len(self.ranks)
-
-    def all_to_all(
-        self, recv: Tensor, send: Tensor, recv_rows: Sequence[int] | None = None, send_rows: Sequence[int] | None = None
+    def __init__(
+        self, group: dist.ProcessGroup, cpu_group: dist.ProcessGroup, device: torch.device, unique_name: str
     ) -> None:
-        """Part j of `send` goes to peer j, part j of `recv` comes from it: equal parts, or so many rows of dim 0."""
+        self.group = group
+        self.cpu_group = cpu_group
+        self.device = device
+        self.ranks = dist.get_process_group_ranks(group)
+        self.world_size = len(self.ranks)
+        self.name = f"torch.distributed ({dist.get_backend(group)})"
+        self._unique_name = unique_name
+        self._sends = PendingSends(unique_name)
+        # On an accelerator a send runs on a stream of the backend: (work, buffer) until it is done.
+        self._launched: list[tuple[Any, Tensor]] = []
+
+    def send(self, input_: Tensor, dst: int) -> None:
+        # A copy: the caller may overwrite its tensor as soon as this returns.
+        buffer = input_.clone(memory_format=torch.contiguous_format)
+        self._sends.raise_failure()
+        work = dist.isend(as_bytes(buffer), dst=self.ranks[dst], group=self.group)
+        if self.device.type == "cpu":
+            self._sends.add(work, buffer)
+        else:
+            self._launched = [launched for launched in self._launched if not launched[0].is_completed()]
+            self._launched.append((work, buffer))
+
+    def recv(self, output: Tensor, src: int) -> None:
+        dist.recv(as_bytes(output), src=self.ranks[src], group=self.group)
+
+    def barrier(self) -> None:
+        dist.barrier(self.cpu_group)
+
+    def close(self) -> None:
+        try:
+            self._sends.drain(envs.FVOPS_TIMEOUT_S)
+        except RuntimeError as error:
+            logger.warning("destroying group %r: %s", self._unique_name, error)
+        self._launched.clear()
+
+    def _all_to_all(self, recvs: Sequence[Tensor], sends: Sequence[Tensor]) -> None:
+        # All are started before the first is waited for: several tensors are one exchange, as far as torch lets them.
+        works = [
+            dist.all_to_all_single(as_bytes(recv), as_bytes(send), group=self.group, async_op=True)
+            for recv, send in zip(recvs, sends, strict=True)
+        ]
+        for work in works:
+            work.wait()
+
+    def _all_to_all_rows(self, recv: Tensor, send: Tensor, recv_rows: Sequence[int], send_rows: Sequence[int]) -> None:
         dist.all_to_all_single(
             as_bytes(recv), as_bytes(send), _row_bytes(recv, recv_rows), _row_bytes(send, send_rows), group=self.group
         )
 
-    def all_gather(self, recv: Tensor, send: Tensor) -> None:
-        """`recv` is the peers' `send` one after another."""
+    def _all_gather(self, recv: Tensor, send: Tensor) -> None:
         all_gather_flat(as_bytes(recv), as_bytes(send), group=self.group)
 
-    def all_reduce(self, buffer: Tensor, reduce_op: str) -> None:
-        """Reduce `buffer` over the peers, in place."""
-        wide = _widen(buffer)
-        dist.all_reduce(wide, op=_C10D_OPS[reduce_op], group=self.group)
-        self._finish(buffer, wide, reduce_op)
-
-    def reduce(self, buffer: Tensor, reduce_op: str, dst: int) -> None:
-        """Reduce `buffer` over the peers, in place on `dst`; what it holds elsewhere afterwards is undefined."""
-        wide = _widen(buffer)
-        dist.reduce(wide, dst=self.ranks[dst], op=_C10D_OPS[reduce_op], group=self.group)
-        self._finish(buffer, wide, reduce_op)
-
-    def reduce_scatter(self, recv: Tensor, send: Tensor, reduce_op: str) -> None:
-        """`recv` is this rank's part of the reduction of the peers' `send`."""
-        wide = _widen(recv, copy=False)
-        reduce_scatter_flat(wide.view(-1), _widen(send).view(-1), op=_C10D_OPS[reduce_op], group=self.group)
-        self._finish(recv, wide, reduce_op)
-
-    def broadcast(self, buffer: Tensor, src: int) -> None:
-        """`buffer` of `src` on every rank, in place."""
-        dist.broadcast(as_bytes(buffer), src=self.ranks[src], group=self.group)
-
-    def gather(self, recv: Tensor | None, send: Tensor, dst: int) -> None:
-        """On `dst`, `recv` is the peers' `send` one after another; elsewhere it is None."""
+    def _gather(self, recv: Tensor | None, send: Tensor, dst: int) -> None:
         parts = None if recv is None else list(as_bytes(recv).chunk(self.world_size))
         if parts is not None and len(parts) != self.world_size:  # chunk() of an empty tensor gives one part
             parts = [as_bytes(torch.empty_like(send)) for _ in range(self.world_size)]
         dist.gather(as_bytes(send), parts, dst=self.ranks[dst], group=self.group)
 
-    def send(self, buffer: Tensor, dst: int) -> Any:
-        """Start sending; the returned work is done when `buffer` may be reused."""
-        return dist.isend(as_bytes(buffer), dst=self.ranks[dst], group=self.group)
+    def _all_reduce(self, buffer: Tensor, reduce_op: str) -> None:
+        dist.all_reduce(buffer, op=_C10D_OPS[reduce_op], group=self.group)
+        self._divide(buffer, reduce_op)
 
-    def recv(self, buffer: Tensor, src: int) -> None:
-        """Fill `buffer` with what `src` sends."""
-        dist.recv(as_bytes(buffer), src=self.ranks[src], group=self.group)
+    def _reduce(self, buffer: Tensor, reduce_op: str, dst: int) -> None:
+        dist.reduce(buffer, dst=self.ranks[dst], op=_C10D_OPS[reduce_op], group=self.group)
+        self._divide(buffer, reduce_op)
 
-    def _finish(self, buffer: Tensor, reduced: Tensor, reduce_op: str) -> None:
+    def _reduce_scatter(self, recv: Tensor, send: Tensor, reduce_op: str) -> None:
+        reduce_scatter_flat(recv.view(-1), send.view(-1), op=_C10D_OPS[reduce_op], group=self.group)
+        self._divide(recv, reduce_op)
+
+    def _broadcast(self, buffer: Tensor, src: int) -> None:
+        dist.broadcast(as_bytes(buffer), src=self.ranks[src], group=self.group)
+
+    def _divide(self, buffer: Tensor, reduce_op: str) -> None:
         if reduce_op == "avg":
-            reduced.div_(self.world_size)
-        if reduced is not buffer:
-            buffer.copy_(reduced)
+            buffer.div_(self.world_size)
 
 
-def _row_bytes(buffer: Tensor, rows: Sequence[int] | None) -> list[int] | None:
-    if rows is None:
-        return None
+def _row_bytes(buffer: Tensor, rows: Sequence[int]) -> list[int]:
     row = buffer.element_size()
     for size in buffer.shape[1:]:
         row *= size
     return [count * row for count in rows]
-
-
-def _widen(buffer: Tensor, copy: bool = True) -> Tensor:
-    dtype = _REDUCED_AS.get(buffer.dtype)
-    if dtype is None:
-        return buffer
-    return buffer.to(dtype) if copy else torch.empty_like(buffer, dtype=dtype)

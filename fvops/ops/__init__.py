@@ -8,6 +8,7 @@ rank gets its input back.
 from fvops.ops.all_gather import all_gather
 from fvops.ops.all_reduce import all_reduce
 from fvops.ops.all_to_all_4D import all_to_all_4D
+from fvops.ops.all_to_all_4D_coalesced import all_to_all_4D_coalesced
 from fvops.ops.all_to_all_single import all_to_all_single
 from fvops.ops.barrier import barrier
 from fvops.ops.broadcast import broadcast
@@ -21,6 +22,7 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "all_to_all_4D",
+    "all_to_all_4D_coalesced",
     "all_to_all_single",
     "barrier",
     "broadcast",

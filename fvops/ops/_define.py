@@ -57,18 +57,18 @@ def define(
     *,
     eager: Callable[..., Any],
     fake: Callable[..., Any],
-    backward: Callable[..., Tensor] | None = None,
+    backward: Callable[..., Any] | None = None,
     refuse_grad: Callable[..., None] | None = None,
     ordered: bool = True,
 ) -> Any:
     """Define ``fvops::<schema>`` and return its overload.
 
     Args:
-        schema: as in ``Library.define``; a differentiable op's only tensor argument is its first.
+        schema: as in ``Library.define``; the only tensor argument is the first, a tensor or a list of them.
         eager: the implementation on real tensors.
         fake: shapes, dtypes and strides of the result, from the arguments alone.
-        backward: ``(grad, input_shape, *other_args) -> grad_input``, written with ``torch.ops.fvops`` so that it is
-            traced, ordered and differentiable itself. None: the op has no gradient.
+        backward: ``(grad, input_shape, *other_args) -> grad_input``, lists of each for an op on a list; written with
+            ``torch.ops.fvops`` so that it is traced, ordered and differentiable itself. None: the op has no gradient.
         refuse_grad: called with the op's arguments when the input requires a gradient; raises if there is none.
         ordered: the op sends something, so no compiler may drop, merge or move it. Only ops that stay on this rank
             (`shard`) are not.
@@ -83,22 +83,19 @@ def define(
         return fake(*args, **kwargs)
 
     torch.library.register_fake(f"fvops::{name}", fake_with_compiler, lib=LIBRARY)
-    if any(str(argument.type) == "Tensor" for argument in overload._schema.arguments):
-        LIBRARY.impl(name, _autograd_kernel(overload, eager, backward, refuse_grad), "Autograd", with_keyset=True)
+    inputs = [str(argument.type) for argument in overload._schema.arguments if "Tensor" in str(argument.type)]
+    if inputs:
+        make = _autograd_kernel if inputs == ["Tensor"] else _autograd_list_kernel
+        LIBRARY.impl(name, make(overload, eager, backward, refuse_grad), "Autograd", with_keyset=True)
     if ordered:
         _register_effectful_op(overload, _EffectType.ORDERED)
         compiler.ordered_ops.append(overload)
     return overload
 
 
-def _autograd_kernel(
-    overload: Any,
-    eager: Callable[..., Any],
-    backward: Callable[..., Tensor] | None,
-    refuse_grad: Callable[..., None] | None,
-) -> Callable[..., Any]:
+def _make_run(overload: Any, eager: Callable[..., Any]) -> tuple[Callable[..., Any], dict[int, bool]]:
+    """What an op does below autograd, and the key sets that it has learned about (see there)."""
     below_autograd = _C._after_ADInplaceOrView_keyset
-    is_grad_enabled = torch.is_grad_enabled
     # Key sets seen before (as bits), and whether they leave nothing to do above the back end. Modes and tensor
     # subclasses have bits of their own. Looking the bits up costs a fifth of asking for the highest key.
     plain: dict[int, bool] = {}
@@ -113,14 +110,24 @@ def _autograd_kernel(
         with _C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & below_autograd, *args)
 
+    return run, plain
+
+
+def _autograd_kernel(
+    overload: Any,
+    eager: Callable[..., Any],
+    backward: Callable[..., Tensor] | None,
+    refuse_grad: Callable[..., None] | None,
+) -> Callable[..., Any]:
+    run, plain = _make_run(overload, eager)
+    is_grad_enabled = torch.is_grad_enabled
+
     if backward is not None:
         differentiable = _make_function(run, backward, f"{overload._opname}_backward")
 
     def kernel(keyset: Any, input_: Tensor, *args: Any) -> Any:
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(input_).tangent is not None:
-            raise RuntimeError(
-                f"fvops.{overload._opname} on group {args[-1]!r}: forward-mode differentiation (jvp) is not supported"
-            )
+        if forward_ad._current_level >= 0:
+            _refuse_jvp(overload, input_, args)
         if input_.requires_grad and is_grad_enabled():
             if refuse_grad is not None:
                 refuse_grad(input_, *args)
@@ -130,6 +137,52 @@ def _autograd_kernel(
         if plain.get(keyset.raw_repr()):
             return eager(input_, *args)
         return run(keyset, input_, *args)
+
+    return kernel
+
+
+def _refuse_jvp(overload: Any, input_: Tensor, args: tuple[Any, ...]) -> None:
+    if forward_ad.unpack_dual(input_).tangent is not None:
+        raise RuntimeError(
+            f"fvops.{overload._opname} on group {args[-1]!r}: forward-mode differentiation (jvp) is not supported"
+        )
+
+
+def _autograd_list_kernel(
+    overload: Any,
+    eager: Callable[..., Any],
+    backward: Callable[..., Any] | None,
+    refuse_grad: Callable[..., None] | None,
+) -> Callable[..., Any]:
+    """As `_autograd_kernel`, for an op from a list of tensors to a list of as many."""
+    if backward is None or refuse_grad is not None:
+        raise ValueError(f"fvops.{overload._opname}: an op on a list of tensors needs a gradient for all of them")
+    formula: Callable[..., Any] = backward
+    run, _ = _make_run(overload, eager)
+
+    class ListFunction(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, args: tuple[Any, ...], *inputs: Tensor) -> Any:
+            ctx.args = args
+            ctx.input_shapes = [input_.shape for input_ in inputs]
+            return tuple(run(keyset, list(inputs), *args))
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            # All of them, whoever needs one: every rank must exchange the same tensors.
+            grad_inputs = formula(grads, ctx.input_shapes, *ctx.args)
+            needed = ctx.needs_input_grad[2:]
+            return (None, None, *(grad if needs else None for grad, needs in zip(grad_inputs, needed, strict=True)))
+
+    ListFunction.__name__ = f"{overload._opname}_backward"
+
+    def kernel(keyset: Any, inputs: list[Tensor], *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            for input_ in inputs:
+                _refuse_jvp(overload, input_, args)
+        if torch.is_grad_enabled() and any(input_.requires_grad for input_ in inputs):
+            return list(ListFunction.apply(keyset, args, *inputs))
+        return run(keyset, inputs, *args)
 
     return kernel
 

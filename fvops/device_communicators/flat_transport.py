@@ -1,0 +1,172 @@
+"""What every transport offers, and the half of it that all transports of flat buffers share: packing and unpacking.
+
+The communicators speak of *rank-major parts*, views ``[P, ...]`` whose first dim is the peer, with whatever strides the
+tensor behind them has. A transport that can write straight into a peer's memory takes them as they are; one that moves
+flat buffers packs them first (`fvops.kernels.layout`), unless they lie in order already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fvops.kernels import layout
+
+__all__ = ["FlatTransport", "as_bytes", "reduced_dtype"]
+
+# gloo, NCCL and HCCL reduce these in no form of their own; the wider dtype represents every value, and casting back
+# rounds (floats) or wraps (integers) once.
+_REDUCED_AS = {
+    torch.bool: torch.uint8,
+    torch.int16: torch.int32,
+    torch.uint16: torch.int32,
+    torch.uint32: torch.int64,
+    torch.float8_e4m3fn: torch.float32,
+    torch.float8_e4m3fnuz: torch.float32,
+    torch.float8_e5m2: torch.float32,
+    torch.float8_e5m2fnuz: torch.float32,
+}
+
+
+def as_bytes(buffer: Tensor) -> Tensor:
+    """A contiguous tensor's memory as flat uint8."""
+    # Not view(-1): a tensor of one element or none counts as contiguous whatever its strides, and keeps them.
+    return buffer.as_strided((buffer.numel(),), (1,)).view(torch.uint8)
+
+
+def reduced_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a tensor of `dtype` is reduced where a backend does not know its own."""
+    return _REDUCED_AS.get(dtype, dtype)
+
+
+class FlatTransport:
+    """Exchanges of rank-major parts over a subclass's exchanges of contiguous buffers.
+
+    Peers are places in the group. Outputs come from `empty`; inputs may have any strides and are only read. A call
+    returns when the inputs may be overwritten and the outputs read (on the current stream, for an accelerator).
+
+    Attributes:
+        name: how the transport is called in messages.
+    """
+
+    name: str
+    device: torch.device
+    world_size: int
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory for a result."""
+        return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+
+    def exchange(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        """Parts ``inputs[i][j]`` go to peer j, parts ``outputs[i][j]`` come from it; all i in one exchange."""
+        recvs = [layout.receive_buffer(parts) for parts in outputs]
+        self._all_to_all(recvs, [parts.contiguous() for parts in inputs])
+        _lay_down(recvs, outputs)
+
+    def exchange_rows(
+        self, output: Tensor, input_: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]
+    ) -> None:
+        """``input_rows[j]`` rows of dim 0 go to peer j, ``output_rows[j]`` rows of the output come from it."""
+        self._all_to_all_rows(output, input_.contiguous(), output_rows, input_rows)
+
+    def all_gather(self, outputs: Tensor, input_: Tensor) -> None:
+        """``outputs[j]`` is the input of peer j."""
+        recv = layout.receive_buffer(outputs)
+        self._all_gather(recv, input_.contiguous())
+        _lay_down([recv], [outputs])
+
+    def gather(self, outputs: Tensor | None, input_: Tensor, dst: int) -> None:
+        """As `all_gather`, on `dst`; elsewhere `outputs` is None."""
+        recv = None if outputs is None else layout.receive_buffer(outputs)
+        self._gather(recv, input_.contiguous(), dst)
+        if recv is not None and outputs is not None:
+            _lay_down([recv], [outputs])
+
+    def all_reduce(self, output: Tensor, input_: Tensor, reduce_op: str) -> None:
+        """`output` is the reduction of the peers' inputs."""
+        wide = self._widened_copy(output, input_, reduce_op)
+        self._all_reduce(wide, reduce_op)
+        _cast_back(output, wide)
+
+    def reduce(self, output: Tensor, input_: Tensor, reduce_op: str, dst: int) -> None:
+        """As `all_reduce`, on `dst`; what the output holds elsewhere is undefined."""
+        wide = self._widened_copy(output, input_, reduce_op)
+        self._reduce(wide, reduce_op, dst)
+        _cast_back(output, wide)
+
+    def reduce_scatter(self, output: Tensor, inputs: Tensor, reduce_op: str) -> None:
+        """`output` is the reduction of the peers' ``inputs[r]``, r being this rank's place."""
+        dtype = self._reduces_as(output.dtype, reduce_op)
+        wide = output if output.dtype == dtype else torch.empty_like(output, dtype=dtype)
+        self._reduce_scatter(wide, inputs.contiguous().to(dtype), reduce_op)
+        _cast_back(output, wide)
+
+    def broadcast(self, output: Tensor, input_: Tensor, src: int) -> None:
+        """`output` is the input of `src`."""
+        output.copy_(input_)
+        self._broadcast(output, src)
+
+    def _widened_copy(self, output: Tensor, input_: Tensor, reduce_op: str) -> Tensor:
+        dtype = self._reduces_as(input_.dtype, reduce_op)
+        if dtype == output.dtype:
+            return output.copy_(input_)
+        return input_.to(dtype).contiguous()
+
+    # What a subclass does with contiguous buffers; the first dim of a `recv` or `send` over all peers is the peer.
+
+    def _reduces_as(self, dtype: torch.dtype, reduce_op: str) -> torch.dtype:
+        """The dtype in which this transport reduces `dtype`; every value of `dtype` must have its place there."""
+        return reduced_dtype(dtype)
+
+    def _all_to_all(self, recvs: Sequence[Tensor], sends: Sequence[Tensor]) -> None:
+        raise NotImplementedError
+
+    def _all_to_all_rows(self, recv: Tensor, send: Tensor, recv_rows: Sequence[int], send_rows: Sequence[int]) -> None:
+        raise NotImplementedError
+
+    def _all_gather(self, recv: Tensor, send: Tensor) -> None:
+        raise NotImplementedError
+
+    def _gather(self, recv: Tensor | None, send: Tensor, dst: int) -> None:
+        raise NotImplementedError
+
+    def _all_reduce(self, buffer: Tensor, reduce_op: str) -> None:
+        raise NotImplementedError
+
+    def _reduce(self, buffer: Tensor, reduce_op: str, dst: int) -> None:
+        raise NotImplementedError
+
+    def _reduce_scatter(self, recv: Tensor, send: Tensor, reduce_op: str) -> None:
+        raise NotImplementedError
+
+    def _broadcast(self, buffer: Tensor, src: int) -> None:
+        raise NotImplementedError
+
+    def send(self, input_: Tensor, dst: int) -> None:
+        """Send to peer `dst`. Returns before the receiver has posted, so that a ring may send first."""
+        raise NotImplementedError
+
+    def recv(self, output: Tensor, src: int) -> None:
+        """Fill `output` with what `src` sends."""
+        raise NotImplementedError
+
+    def barrier(self) -> None:
+        """Return once every peer has come."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Wait for open sends, at most ``FVOPS_TIMEOUT_S``, and release what is held."""
+        raise NotImplementedError
+
+
+def _lay_down(recvs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    for recv, parts in zip(recvs, outputs, strict=True):
+        if recv is not parts:
+            parts.copy_(recv)
+
+
+def _cast_back(output: Tensor, reduced: Tensor) -> None:
+    if reduced is not output:
+        output.copy_(reduced)
