@@ -21,7 +21,9 @@ __all__ = ["all_to_all_4D_coalesced"]
 def all_to_all_4D_coalesced(group: Group, inputs: Sequence[Tensor], scatter_dim: int, gather_dim: int) -> list[Tensor]:
     """`all_to_all_4D` of each input; shapes and dtypes may differ."""
     inputs = list(inputs)
-    if len(inputs) == 0 or not isinstance(inputs[0], Tensor) or checked_in_python(group, inputs[0]):
+    # The dispatcher has no word for a list without tensors, and none for one of them being a meta tensor.
+    plain = len(inputs) > 0 and all(isinstance(input_, Tensor) and not input_.is_meta for input_ in inputs)
+    if not plain or checked_in_python(group, inputs[0]):
         checks.check_all_to_all_4D_coalesced(group.unique_name, inputs, scatter_dim, gather_dim, group.world_size)
         for input_ in inputs:
             checks.check_device("all_to_all_4D_coalesced", group.unique_name, input_, group.device)
