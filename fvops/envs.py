@@ -41,6 +41,9 @@ VARIABLES: dict[str, Variable] = {
     "FVOPS_LOG_LEVEL": Variable(
         _log_level, None, "when set, the 'fvops' logger prints to stderr at this level; unset: no handler is installed"
     ),
+    "FVOPS_TRANSPORT": Variable(
+        str.lower, "auto", "what carries tensors: auto, process_group (torch.distributed), nccl or hccl (own bindings)"
+    ),
     "RANK": Variable(int, 0, "this process's place in the world (set by torchrun)"),
     "WORLD_SIZE": Variable(int, 1, "how many processes there are (set by torchrun)"),
     "LOCAL_RANK": Variable(int, 0, "this process's place on its node (set by torchrun)"),

@@ -6,9 +6,9 @@ function and guards on it: a group re-created under the same name with the same 
 
 from __future__ import annotations
 
-import contextlib
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
@@ -18,11 +18,13 @@ from torch import Tensor
 
 from fvops import checks, envs, objects, ops, registry
 from fvops.device_communicators.base_device_communicator import DeviceCommunicatorBase
-from fvops.device_communicators.cpu_communicator import CpuCommunicator
+from fvops.device_communicators.choice import build_communicator
 from fvops.device_communicators.roll_call import RollCall
+from fvops.graph_capture import capture_on_side_stream
 from fvops.logger import init_logger
 from fvops.platforms import local_torch_device
 from fvops.reduce_op import reduce_op_name
+from fvops.warmup import warm_up
 
 __all__ = ["GroupCoordinator", "destroy_all_groups"]
 
@@ -106,8 +108,7 @@ class GroupCoordinator:
         self.mq_broadcaster: Any = None
         self.unique_name = registry.agree_on_name(group_name or "anonymous", self._agree_on_max)
         self._owned_groups = owned_groups
-        build = CpuCommunicator if device.type == "cpu" else DeviceCommunicatorBase
-        communicator = build(cpu_group, self.device, device_group, self.unique_name)
+        communicator = build_communicator(cpu_group, self.device, device_group, self.unique_name)
         # The name may have belonged to another group before; its failures are not this one's.
         life = self._agree_on_max(secrets.randbits(62))
         communicator.roll_call = RollCall(self.unique_name, life, self.rank_in_group)
@@ -119,11 +120,11 @@ class GroupCoordinator:
         registry.register(self.unique_name, communicator)
         _live.append(self)
         logger.info(
-            "group %r: ranks %s, %s, transport torch.distributed (%s)",
+            "group %r: ranks %s, %s, transport %s",
             self.unique_name,
             self.ranks,
             self.device,
-            dist.get_backend(device_group),
+            communicator.transport.name,
         )
 
     def _agree_on_max(self, number: int) -> int:
@@ -310,12 +311,25 @@ class GroupCoordinator:
             obj_list[:] = objects.broadcast(obj_list, self.ranks[src], self.cpu_group if group is None else group)
         return obj_list
 
-    @contextlib.contextmanager
-    def graph_capture(self, graph_capture_context: Any | None = None) -> Iterator[Any]:
-        """A context for CUDA-graph capture; on CPU there is nothing to capture: it hands back the context given."""
-        if self.device.type != "cpu":
-            raise RuntimeError("graph_capture on accelerators is not implemented yet")
-        yield graph_capture_context
+    def graph_capture(self, graph_capture_context: Any | None = None) -> AbstractContextManager[Any]:
+        """A context whose stream is the current one inside, for ``torch.cuda.graph(g, stream=context.stream)``.
+
+        Elsewhere than on CUDA there is nothing to capture: it hands back the context given. See docs/cuda-graphs.md.
+        """
+        return capture_on_side_stream(self.device, graph_capture_context)
+
+    def warmup(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> None:
+        """Do, on every rank, whatever must not happen under capture or in the first step. Collective.
+
+        Args:
+            shapes: shapes ``[B, S/P, H, D]`` that `all_to_all_4D` will be handed in mode (2, 1).
+            dtype: their dtype.
+
+        Raises:
+            ValueError: a shape that `all_to_all_4D` refuses.
+        """
+        if self.world_size > 1:
+            warm_up(registry.resolve(self.unique_name, self.world_size), shapes, dtype)
 
     def destroy(self) -> None:
         """Give up the group: calls under its name raise from now on. Safe to call twice.

@@ -104,7 +104,6 @@ NOT_YET = {
     "GroupCoordinator.broadcast_tensor_dict",
     "GroupCoordinator.send_tensor_dict",
     "GroupCoordinator.recv_tensor_dict",
-    "GroupCoordinator.warmup",
     "StatelessProcessGroup",
     "debug.check_collectives",
     "debug.dump",

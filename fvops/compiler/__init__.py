@@ -17,11 +17,12 @@ _lowered = False
 
 
 def install() -> None:
-    """Register the Inductor lowerings once, and see to it that the cache salt is in force."""
+    """Register the Inductor lowerings once, and see to it that our configuration entries are in force."""
     global _lowered
-    from fvops.compiler import cache
+    from fvops.compiler import cache, cudagraph_partition
 
     cache.salt_caches()
+    cudagraph_partition.partition_at_host_ops()
     if not _lowered:
         from fvops.compiler import ordered_lowering
 

@@ -8,29 +8,30 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Callable
 from typing import Any
 
 __all__ = ["PendingSends"]
 
 
 class PendingSends:
-    """Waits, in order, for works handed to `add`, keeping their buffers alive meanwhile.
+    """Runs, in order, what `add` is handed, keeping the buffers alive meanwhile.
 
-    A send that fails (its deadline is the process group's) is reported by the next call of `raise_failure` or `drain`.
+    A send that fails (its deadline is the transport's) is reported by the next call of `raise_failure` or `drain`.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._queue: queue.SimpleQueue[tuple[Any, Any] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Any] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._failure: RuntimeError | None = None
 
-    def add(self, work: Any, buffer: Any) -> None:
-        """Take over `work`, which reads `buffer` until it is done."""
+    def add(self, see_through: Callable[[], Any], buffer: Any) -> None:
+        """Call `see_through`, which reads `buffer` until it returns."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=f"fvops sends of {self._name}", daemon=True)
             self._thread.start()
-        self._queue.put((work, buffer))
+        self._queue.put((see_through, buffer))
 
     def raise_failure(self) -> None:
         """RuntimeError when an earlier send failed."""
@@ -52,9 +53,9 @@ class PendingSends:
             item = self._queue.get()
             if item is None:
                 return
-            work, buffer = item
+            see_through, buffer = item
             try:
-                work.wait()
+                see_through()
             except RuntimeError as error:
                 self._failure = self._failure or error
-            del work, buffer, item
+            del see_through, buffer, item

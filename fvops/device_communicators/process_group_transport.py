@@ -63,7 +63,7 @@ class ProcessGroupTransport(FlatTransport):
         self._sends.raise_failure()
         work = dist.isend(as_bytes(buffer), dst=self.ranks[dst], group=self.group)
         if self.device.type == "cpu":
-            self._sends.add(work, buffer)
+            self._sends.add(work.wait, buffer)
         else:
             self._launched = [launched for launched in self._launched if not launched[0].is_completed()]
             self._launched.append((work, buffer))
