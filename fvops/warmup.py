@@ -1,4 +1,4 @@
-"""What must not happen in the first step or inside a CUDA-graph capture, done beforehand: connections, buffers, pages."""
+"""What must not happen in the first step or inside a CUDA-graph capture, done before: connections, buffers, pages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def warm_up(communicator: Any, shapes: Sequence[Sequence[int]], dtype: torch.dty
         communicator.all_to_all_4D(communicator.all_to_all_4D(x, 2, 1), 1, 2)
         communicator.all_to_all_4D_coalesced(communicator.all_to_all_4D_coalesced([x, x, x], 2, 1), 1, 2)
     one = torch.zeros(P, P, P, 1, dtype=dtype, device=device)
-    communicator.all_to_all_4D_coalesced([communicator.all_to_all_4D(one), one])
+    communicator.all_to_all_4D(communicator.all_to_all_4D(one), 1, 2)
+    communicator.all_to_all_4D_coalesced([one, one])
     communicator.all_to_all_single(one)
     communicator.all_to_all_single(one, [1] * P, [1] * P)
     communicator.all_gather(one)

@@ -1,7 +1,7 @@
 """Ops that no CUDA graph can hold: where they stand, Inductor ends one graph and begins another.
 
-The tag `cudagraph_unsafe` would say so, but `with_effects` hides it; a configuration entry says it by name. Without it a
-barrier is recognised only because its kernel has no tensor, hence is a CPU one.
+The tag `cudagraph_unsafe` would say so, but `with_effects` hides it; a configuration entry says it by name. Without it
+a barrier is recognised only because its kernel has no tensor, hence is a CPU one.
 
 Checked on torch 2.11 and 2.13; `compile_tests/test_internals.py` fails when the entry is no longer looked at.
 """

@@ -1,0 +1,73 @@
+"""What the CUDA and NPU communicators share: the choice of the transport, and what holds while a graph is captured."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+
+from fvops import checks, envs
+from fvops.device_communicators.base_device_communicator import DeviceCommunicatorBase
+from fvops.device_communicators.flat_transport import FlatTransport
+from fvops.device_communicators.lanes import Lanes
+from fvops.device_communicators.library_communicator import LibraryCommunicator
+from fvops.device_communicators.library_streams import Streams
+from fvops.device_communicators.library_transport import LibraryTransport
+
+__all__ = ["AcceleratorCommunicator"]
+
+
+class AcceleratorCommunicator(DeviceCommunicatorBase):
+    """Over the vendor's collective library where every rank of the group has it, else over the torch process group.
+
+    Chosen once, at creation, alike on all ranks; ``FVOPS_TRANSPORT`` can ask for either. Torch's own NCCL or HCCL
+    communicator, which costs over half a gigabyte, is made by torch at its first use: never, with the library.
+    """
+
+    LIBRARY: ClassVar[type[LibraryCommunicator]]
+
+    def _make_transport(self) -> FlatTransport:
+        self._streams = Streams(self.device)
+        # Ops that ran outside a capture: what they need for it is there.
+        self._warm: set[str] = set()
+        self.library_comm: LibraryCommunicator | None = None
+        wanted = envs.FVOPS_TRANSPORT
+        if self.world_size > 1 and wanted != "process_group":
+            comm = self.LIBRARY(self.cpu_group, self.device)
+            if comm.available:
+                self.library_comm = comm
+                prefix = f"fvops/lanes/{self.unique_name}/{_common_number(self.cpu_group)}"
+                lanes = Lanes(lambda pair: self.LIBRARY(pair, self.device), prefix, self.rank, self._streams)
+                return LibraryTransport(comm, self.cpu_group, lanes)
+            if wanted == self.LIBRARY.BACKEND:
+                raise RuntimeError(
+                    f"group {self.unique_name!r}: FVOPS_TRANSPORT={wanted}, but {self.LIBRARY.BACKEND} cannot be used: "
+                    f"{comm.why_disabled}"
+                )
+        return super()._make_transport()
+
+    def _issue(self, op: str, tensors: Any, arguments: dict[str, Any], call: Callable[..., Any], *args: Any) -> None:
+        if not self._streams.capturing():
+            super()._issue(op, tensors, arguments, call, *args)
+            self._warm.add(op)
+            return
+        if op == "barrier":
+            raise RuntimeError(
+                f"{checks.where(op, self.unique_name)}: a barrier waits on the host and cannot be part of a CUDA "
+                "graph; call it before the capture or after it"
+            )
+        if op not in self._warm:
+            raise RuntimeError(
+                f"{checks.where(op, self.unique_name)}: its first use is inside a CUDA-graph capture, where "
+                "connections cannot be made; call the group's warmup(shapes, dtype) on every rank before capturing"
+            )
+        super()._issue(op, tensors, arguments, call, *args)
+
+
+def _common_number(group: dist.ProcessGroup) -> int:
+    number = torch.tensor(secrets.randbits(62))
+    dist.all_reduce(number, op=dist.ReduceOp.MAX, group=group)
+    return int(number)
