@@ -31,7 +31,7 @@ def compiler() -> str:
 def build(name: str, defines: Sequence[str] = ()) -> str:
     """The path of the shared library of ``{name}.c``, compiled with ``-D`` for each of `defines`."""
     options = [*_FLAGS, *(f"-D{define}" for define in defines)]
-    sources = sorted(_HERE.glob("*.h")) + [_HERE / f"{name}.c"]
+    sources = [*sorted(_HERE.glob("*.h")), _HERE / f"{name}.c"]
     digest = hashlib.sha256(repr([compiler(), options]).encode())
     for source in sources:
         digest.update(source.read_bytes())
@@ -43,7 +43,20 @@ def build(name: str, defines: Sequence[str] = ()) -> str:
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / library.name
-            _run([compiler(), *options, "-shared", "-fPIC", str(sources[-1]), "-o", str(made), "-lm", "-lpthread", "-lrt"])
+            _run(
+                [
+                    compiler(),
+                    *options,
+                    "-shared",
+                    "-fPIC",
+                    str(sources[-1]),
+                    "-o",
+                    str(made),
+                    "-lm",
+                    "-lpthread",
+                    "-lrt",
+                ]
+            )
             os.replace(made, library)  # whole or not at all: other processes may be looking
     return str(library)
 
