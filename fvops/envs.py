@@ -44,6 +44,8 @@ VARIABLES: dict[str, Variable] = {
     "FVOPS_TRANSPORT": Variable(
         str.lower, "auto", "what carries tensors: auto, process_group (torch.distributed), nccl or hccl (own bindings)"
     ),
+    "FVOPS_NCCL_LIBRARY": Variable(str, None, "path of the NCCL library that pynccl loads; unset: it looks for one"),
+    "FVOPS_HCCL_LIBRARY": Variable(str, None, "path of the HCCL library that pyhccl loads; unset: it looks for one"),
     "RANK": Variable(int, 0, "this process's place in the world (set by torchrun)"),
     "WORLD_SIZE": Variable(int, 1, "how many processes there are (set by torchrun)"),
     "LOCAL_RANK": Variable(int, 0, "this process's place on its node (set by torchrun)"),

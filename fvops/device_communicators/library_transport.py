@@ -88,15 +88,19 @@ class LibraryTransport(FlatTransport):
                 self.comm.recv(parts[peer], peer)
         self.comm.group_end()
 
+    def all_reduce(self, output: Tensor, input_: Tensor, reduce_op: str) -> None:
+        if self._reduces_as(input_.dtype, reduce_op) != input_.dtype:
+            super().all_reduce(output, input_, reduce_op)
+        elif input_.numel():  # straight from the input, without a copy
+            self.comm.all_reduce(input_.contiguous(), reduce_op, out=output)
+
     def _all_reduce(self, buffer: Tensor, reduce_op: str) -> None:
         if buffer.numel():
-            buffer.copy_(self.comm.all_reduce(buffer, reduce_op))
+            self.comm.all_reduce(buffer, reduce_op, out=buffer)
 
     def _reduce(self, buffer: Tensor, reduce_op: str, dst: int) -> None:
         if buffer.numel():
-            reduced = self.comm.reduce(buffer, dst, reduce_op)
-            if reduced is not None:
-                buffer.copy_(reduced)
+            self.comm.reduce(buffer, dst, reduce_op, out=buffer)
 
     def _reduce_scatter(self, recv: Tensor, send: Tensor, reduce_op: str) -> None:
         if recv.numel():

@@ -61,7 +61,7 @@ class ProcessGroupTransport(FlatTransport):
         # A copy: the caller may overwrite its tensor as soon as this returns.
         buffer = input_.clone(memory_format=torch.contiguous_format)
         self._sends.raise_failure()
-        work = dist.isend(as_bytes(buffer), dst=self.ranks[dst], group=self.group)
+        work: Any = dist.isend(as_bytes(buffer), dst=self.ranks[dst], group=self.group)
         if self.device.type == "cpu":
             self._sends.add(work.wait, buffer)
         else:
