@@ -46,18 +46,22 @@ class RankFailure(AssertionError):
 class Ranks:
     """The workers of one world size; `Ranks.get(n)` shares them between tests."""
 
-    _pools: dict[int, Ranks] = {}  # noqa: RUF012  (one registry for the test process)
+    _pools: dict[tuple[int, str], Ranks] = {}  # noqa: RUF012  (one registry for the test process)
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, transport: str) -> None:
         self.world_size = world_size
+        self.transport = transport
         self._folder = Path(tempfile.mkdtemp(prefix=f"fvops-ranks{world_size}-"))
         self._jobs = 0
         context = multiprocessing.get_context("spawn")
+        variables = _variables(transport)
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
         for rank in range(world_size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, str(self._folder), there), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, world_size, str(self._folder), there, variables), daemon=True
+            )
             process.start()
             there.close()
             self._connections.append(here)
@@ -66,11 +70,17 @@ class Ranks:
         self._collect("start of the workers", _START_S)
 
     @classmethod
-    def get(cls, world_size: int) -> Ranks:
-        """The shared workers, spawned at first use and after each failure."""
-        if world_size not in cls._pools:
-            cls._pools[world_size] = cls(world_size)
-        return cls._pools[world_size]
+    def get(cls, world_size: int, transport: str | None = None) -> Ranks:
+        """The shared workers, spawned at first use and after each failure.
+
+        Args:
+            transport: a value of ``FVOPS_TRANSPORT``; "nccl" and "hccl" are the doubles. Default: that of
+                ``FVOPS_TEST_TRANSPORT``, under which the whole suite can be run, else "auto".
+        """
+        key = (world_size, transport or os.environ.get("FVOPS_TEST_TRANSPORT") or "auto")
+        if key not in cls._pools:
+            cls._pools[key] = cls(*key)
+        return cls._pools[key]
 
     def run(
         self,
@@ -160,14 +170,24 @@ class Ranks:
         for process in self._processes:
             process.join()
         shutil.rmtree(self._folder, ignore_errors=True)
-        if Ranks._pools.get(self.world_size) is self:
-            del Ranks._pools[self.world_size]
+        if Ranks._pools.get((self.world_size, self.transport)) is self:
+            del Ranks._pools[self.world_size, self.transport]
 
 
 @atexit.register
 def _kill_all() -> None:
     for pool in list(Ranks._pools.values()):
         pool.kill()
+
+
+def _variables(transport: str) -> dict[str, str]:
+    """The environment of workers that use `transport`."""
+    variables = {"FVOPS_TRANSPORT": transport}
+    if transport in ("nccl", "hccl"):
+        from tests.doubles.build import build
+
+        variables[f"FVOPS_{transport.upper()}_LIBRARY"] = build(f"{transport}_double")
+    return variables
 
 
 def _dump(value: Any) -> bytes:
@@ -181,14 +201,16 @@ def _load(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), weights_only=False)
 
 
-def _serve(rank: int, world_size: int, folder: str, connection: Connection) -> None:
+def _serve(rank: int, world_size: int, folder: str, connection: Connection, variables: dict[str, str]) -> None:
     """A worker's life: read a job, run it, answer."""
     log = open(os.path.join(folder, f"rank{rank}.log"), "w", buffering=1)  # noqa: SIM115  (open for life)
     os.dup2(log.fileno(), sys.stdout.fileno())
     os.dup2(log.fileno(), sys.stderr.fileno())
     faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    os.environ.setdefault("FVOPS_TIMEOUT_S", "60")
+    os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    # No test waits for it. Long, since a rank that is starved of processor time may compile for minutes; a hang is
+    # ended by the run's own deadline, with every rank's stacks.
+    os.environ.setdefault("FVOPS_TIMEOUT_S", "300")
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     torch.set_num_threads(1)
     import fvops  # noqa: F401  (now rather than in the first test's time)
