@@ -36,7 +36,7 @@ def warm_up(communicator: Any, shapes: Sequence[Sequence[int]], dtype: torch.dty
     if dtype in checks.REDUCIBLE and dtype != torch.bool:
         communicator.all_reduce(one)
         communicator.reduce(one, 0)
-        communicator.reduce_scatter(one)
+        communicator.reduce_scatter(one, dim=0)
     if P > 1:
         # Both ways round: a program may send to either neighbour.
         for step in (1, P - 1):

@@ -11,6 +11,7 @@ import torch
 
 import fvops
 from fvops import node
+from fvops.device_communicators.flat_transport import FlatTransport
 from tests.harness import Ranks, init_fvops
 
 
@@ -146,8 +147,10 @@ def _two_failures() -> tuple[str, str]:
     return first, second
 
 
-class _Refusing:
-    def all_reduce(self, buffer: torch.Tensor, reduce_op: str) -> None:
+class _Refusing(FlatTransport):
+    device = torch.device("cpu")
+
+    def all_reduce(self, output: torch.Tensor, input_: torch.Tensor, reduce_op: str) -> None:
         raise RuntimeError("local trouble")
 
 

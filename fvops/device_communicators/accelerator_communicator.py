@@ -23,7 +23,8 @@ __all__ = ["AcceleratorCommunicator"]
 class AcceleratorCommunicator(DeviceCommunicatorBase):
     """Over the vendor's collective library where every rank of the group has it, else over the torch process group.
 
-    Chosen once, at creation, alike on all ranks; ``FVOPS_TRANSPORT`` can ask for either. Torch's own NCCL or HCCL
+    Chosen once, at creation, alike on all ranks; ``FVOPS_TRANSPORT`` can ask for either, and then gets the library for
+    a group of one rank too, so that one GPU can exercise it. Torch's own NCCL or HCCL
     communicator, which costs over half a gigabyte, is made by torch at its first use: never, with the library.
     """
 
@@ -35,14 +36,15 @@ class AcceleratorCommunicator(DeviceCommunicatorBase):
         self._warm: set[str] = set()
         self.library_comm: LibraryCommunicator | None = None
         wanted = envs.FVOPS_TRANSPORT
-        if self.world_size > 1 and wanted != "process_group":
-            comm = self.LIBRARY(self.cpu_group, self.device)
+        named = wanted == self.LIBRARY.BACKEND
+        if named or (self.world_size > 1 and wanted == "auto"):
+            comm = self.LIBRARY(self.cpu_group, self.device, allow_single_rank=named)
             if comm.available:
                 self.library_comm = comm
                 prefix = f"fvops/lanes/{self.unique_name}/{_common_number(self.cpu_group)}"
                 lanes = Lanes(lambda pair: self.LIBRARY(pair, self.device), prefix, self.rank, self._streams)
                 return LibraryTransport(comm, self.cpu_group, lanes)
-            if wanted == self.LIBRARY.BACKEND:
+            if named:
                 raise RuntimeError(
                     f"group {self.unique_name!r}: FVOPS_TRANSPORT={wanted}, but {self.LIBRARY.BACKEND} cannot be used: "
                     f"{comm.why_disabled}"

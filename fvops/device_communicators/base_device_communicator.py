@@ -16,6 +16,7 @@ from torch import Tensor
 from fvops import checks, debug, envs
 from fvops.device_communicators.process_group_transport import ProcessGroupTransport
 from fvops.device_communicators.roll_call import RollCall
+from fvops.device_communicators.solo_transport import SoloTransport
 from fvops.kernels import layout
 from fvops.reduce_op import reduce_op_name
 
@@ -212,6 +213,9 @@ class DeviceCommunicatorBase:
         self.transport.close()
 
     def _make_transport(self) -> Any:
+        """What carries the tensors; a subclass that has something better overrides this."""
+        if self.world_size == 1:
+            return SoloTransport(self.device)
         return ProcessGroupTransport(self.device_group, self.cpu_group, self.device, self.unique_name)
 
     def _ulysses(self, input_: Tensor, scatter_dim: int) -> tuple[Tensor, Tensor, Tensor]:

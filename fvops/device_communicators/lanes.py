@@ -53,6 +53,11 @@ class Lanes:
     def recv(self, buffer: Tensor, src: int) -> None:
         """Fill `buffer` with what place `src` sends."""
         if src not in self._in:
+            if self._streams.capturing():
+                raise RuntimeError(
+                    f"the first message from place {src} is inside a CUDA-graph capture, where no connection can be "
+                    "made; receive one before capturing"
+                )
             self._in[src] = _usable(self._make(_Pair(f"{self._prefix}/{src}-{self._rank}", 1)))
         self._in[src].recv(buffer, 0)
 
@@ -75,7 +80,12 @@ class _OutgoingLane:
         self._stream: Any = None
 
     def send(self, buffer: Tensor) -> None:
-        if self._comm is not None and self._streams.capturing():
+        if self._streams.capturing():
+            if self._comm is None:
+                raise RuntimeError(
+                    f"the first message of {self._name} is inside a CUDA-graph capture, where no connection can be "
+                    "made; send one before capturing"
+                )
             # A captured stream may not be joined by a thread's: here the send is in line with the rest of the graph.
             self._comm.send(buffer, 1)
             return
@@ -92,12 +102,13 @@ class _OutgoingLane:
             self._comm.destroy()
 
     def _see_through(self, buffer: Tensor, ready: Any) -> None:
-        if self._comm is None:
-            self._comm = _usable(self._make())
-            self._stream = self._streams.side()
-        if self._stream is not None:
-            self._stream.wait_event(ready)
-        self._comm.send(buffer, 1, stream=self._stream)
+        with self._streams.use_device():
+            if self._comm is None:
+                self._comm = _usable(self._make())
+                self._stream = self._streams.side()
+            if self._stream is not None:
+                self._stream.wait_event(ready)
+            self._comm.send(buffer, 1, stream=self._stream)
 
 
 class _Pair:
