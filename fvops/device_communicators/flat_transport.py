@@ -7,14 +7,14 @@ flat buffers packs them first (`fvops.kernels.layout`), unless they lie in order
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fvops.kernels import layout
 
-__all__ = ["FlatTransport", "as_bytes", "reduced_dtype"]
+__all__ = ["FlatTransport", "as_bytes", "combine", "reduced_dtype"]
 
 # gloo, NCCL and HCCL reduce these in no form of their own; the wider dtype represents every value, and casting back
 # rounds (floats) or wraps (integers) once.
@@ -27,6 +27,15 @@ _REDUCED_AS = {
     torch.float8_e4m3fnuz: torch.float32,
     torch.float8_e5m2: torch.float32,
     torch.float8_e5m2fnuz: torch.float32,
+}
+
+
+_COMBINE: dict[str, Callable[..., Tensor]] = {
+    "sum": torch.add,
+    "avg": torch.add,
+    "max": torch.maximum,
+    "min": torch.minimum,
+    "product": torch.mul,
 }
 
 
@@ -86,19 +95,34 @@ class FlatTransport:
 
     def all_reduce(self, output: Tensor, input_: Tensor, reduce_op: str) -> None:
         """`output` is the reduction of the peers' inputs."""
-        wide = self._widened_copy(output, input_, reduce_op)
+        dtype = self._reduces_as(input_.dtype, reduce_op)
+        if dtype is None:
+            gathered = self.empty((self.world_size, *input_.shape), input_.dtype)
+            self.all_gather(gathered, input_)
+            combine(output, gathered, reduce_op)
+            return
+        wide = _copy_as(dtype, output, input_)
         self._all_reduce(wide, reduce_op)
         _cast_back(output, wide)
 
     def reduce(self, output: Tensor, input_: Tensor, reduce_op: str, dst: int) -> None:
         """As `all_reduce`, on `dst`; what the output holds elsewhere is undefined."""
-        wide = self._widened_copy(output, input_, reduce_op)
+        dtype = self._reduces_as(input_.dtype, reduce_op)
+        if dtype is None:
+            self.all_reduce(output, input_, reduce_op)
+            return
+        wide = _copy_as(dtype, output, input_)
         self._reduce(wide, reduce_op, dst)
         _cast_back(output, wide)
 
     def reduce_scatter(self, output: Tensor, inputs: Tensor, reduce_op: str) -> None:
         """`output` is the reduction of the peers' ``inputs[r]``, r being this rank's place."""
         dtype = self._reduces_as(output.dtype, reduce_op)
+        if dtype is None:
+            received = self.empty(inputs.shape, inputs.dtype)
+            self.exchange([received], [inputs])
+            combine(output, received, reduce_op)
+            return
         wide = output if output.dtype == dtype else torch.empty_like(output, dtype=dtype)
         self._reduce_scatter(wide, inputs.contiguous().to(dtype), reduce_op)
         _cast_back(output, wide)
@@ -108,16 +132,13 @@ class FlatTransport:
         output.copy_(input_)
         self._broadcast(output, src)
 
-    def _widened_copy(self, output: Tensor, input_: Tensor, reduce_op: str) -> Tensor:
-        dtype = self._reduces_as(input_.dtype, reduce_op)
-        if dtype == output.dtype:
-            return output.copy_(input_)
-        return input_.to(dtype).contiguous()
-
     # What a subclass does with contiguous buffers; the first dim of a `recv` or `send` over all peers is the peer.
 
-    def _reduces_as(self, dtype: torch.dtype, reduce_op: str) -> torch.dtype:
-        """The dtype in which this transport reduces `dtype`; every value of `dtype` must have its place there."""
+    def _reduces_as(self, dtype: torch.dtype, reduce_op: str) -> torch.dtype | None:
+        """The dtype in which this transport reduces `dtype`: one that holds all its values.
+
+        None where it has none: then the data is moved, and reduced on this rank.
+        """
         return reduced_dtype(dtype)
 
     def _all_to_all(self, recvs: Sequence[Tensor], sends: Sequence[Tensor]) -> None:
@@ -159,6 +180,19 @@ class FlatTransport:
     def close(self) -> None:
         """Wait for open sends, at most ``FVOPS_TIMEOUT_S``, and release what is held."""
         raise NotImplementedError
+
+
+def combine(output: Tensor, parts: Tensor, reduce_op: str) -> None:
+    """`output` is the reduction of ``parts[0]``, ``parts[1]``, ... in this order, in their own dtype."""
+    total = parts[0].clone()
+    for part in parts[1:]:
+        _COMBINE[reduce_op](total, part, out=total)
+    output.copy_(total.div_(len(parts)) if reduce_op == "avg" else total)
+
+
+def _copy_as(dtype: torch.dtype, output: Tensor, input_: Tensor) -> Tensor:
+    """`input_` in `dtype`, in `output` if that has it."""
+    return output.copy_(input_) if dtype == output.dtype else input_.to(dtype).contiguous()
 
 
 def _lay_down(recvs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:

@@ -51,8 +51,11 @@ class LibraryTransport(FlatTransport):
         self._lanes.close(envs.FVOPS_TIMEOUT_S)
         self.comm.destroy()
 
-    def _reduces_as(self, dtype: torch.dtype, reduce_op: str) -> torch.dtype:
-        return dtype if self.comm.reduces(dtype, reduce_op) else reduced_dtype(dtype)
+    def _reduces_as(self, dtype: torch.dtype, reduce_op: str) -> torch.dtype | None:
+        for candidate in (dtype, reduced_dtype(dtype)):
+            if self.comm.reduces(candidate, reduce_op):
+                return candidate
+        return None
 
     def _all_to_all(self, recvs: Sequence[Tensor], sends: Sequence[Tensor]) -> None:
         pairs = [(recv, send) for recv, send in zip(recvs, sends, strict=True) if send.numel()]
