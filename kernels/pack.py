@@ -1,7 +1,7 @@
 """Packing for an exchange and unpacking after it: what communicators call, on any device.
 
-`layout` gives rank-major views; here they become contiguous buffers and back. What lies in memory order already is neither
-copied nor launched for; the rest is one `copy_parts`: the Triton kernel on CUDA, torch elsewhere.
+`layout` gives rank-major views; here they become contiguous buffers and back. What lies in memory order already is
+neither copied nor launched for; the rest is one `copy_parts`: the Triton kernel on CUDA, torch elsewhere.
 """
 
 from __future__ import annotations

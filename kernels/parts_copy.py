@@ -1,13 +1,14 @@
-"""`copy_parts` in Triton: up to a few pairs of strided tensors copied by one launch, each element read and written once.
+"""`copy_parts` in Triton: pairs of strided tensors (q, k and v) in one launch, each element read and written once.
 
-Used on CUDA to pack q, k and v for an exchange and to lay down what was received; see `pack` for who calls it and
-`parts_plan` for how a copy is cut into programs. It wins over one `Tensor.copy_` a tensor by launching once and by moving
-16 bytes at a time in any dtype; what it saves is not measured yet.
+Used on CUDA to pack for an exchange and to lay down what was received; `pack` calls it, `parts_plan` says how a copy is
+cut into programs. Against a `Tensor.copy_` for each tensor it saves launches and moves 16 bytes at a time in any
+dtype; what that is worth is not measured yet.
 
-Importing this module needs triton. Nothing is allocated and nothing waits for the device, so a launch may be captured
-in a CUDA graph once its kernel is compiled. One kernel is compiled for each combination of number of pairs, number of axes,
-word width and block shape; the sizes and strides themselves are not specialised on (only on whether all of one
-kernel's fit in 32 bits), so new lengths mostly need no new kernel.
+Importing this module needs triton. Nothing is allocated and nothing waits for the device, so a call may be captured in
+a CUDA graph once its kernels are compiled. A kernel is compiled for each combination of: number of pairs, number of
+axes, word width, block shape, which of the addresses and integers divide by 16, and which integers need 64 bits.
+`do_not_specialize` keeps sizes of one from adding to these; triton 3.6 and 3.7 look at divisibility in tuples even if
+told not to. A model whose sequence length alone changes needs at most four (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -26,11 +27,20 @@ from fvops.kernels.parts_torch import check_pairs
 
 __all__ = ["CopyConfig", "copy_parts", "kernel_calls"]
 
+DEFAULT_CONFIG = CopyConfig()
 _MACHINE_ELEMENT = {16: tl.int64, 8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 
 
 @triton.jit
-def _copy_block(program, source, destination, part, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _copy_block(
+    program: tl.tensor,
+    source: tl.tensor,
+    destination: tl.tensor,
+    part: tl.tuple,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
     """Move block number `program` of one pair: columns vary fastest, then the other axes, then the blocks of rows.
 
     Both sides are so walked in long runs, whichever of them is the strided one.
@@ -57,7 +67,15 @@ def _copy_block(program, source, destination, part, UNIT: tl.constexpr, ROWS: tl
 
 
 @triton.jit(do_not_specialize=["programs", "parts"])
-def _copy_parts(sources, destinations, programs, parts, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _copy_parts(
+    sources: tl.tuple,
+    destinations: tl.tuple,
+    programs: tl.tuple,
+    parts: tl.tuple,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
     program = tl.program_id(0)
     first = 0
     for i in tl.static_range(len(sources)):
@@ -90,7 +108,7 @@ def kernel_calls(
         )
 
 
-def copy_parts(sources: Sequence[Tensor], destinations: Sequence[Tensor], config: CopyConfig = CopyConfig()) -> None:
+def copy_parts(sources: Sequence[Tensor], destinations: Sequence[Tensor], config: CopyConfig = DEFAULT_CONFIG) -> None:
     """Copy each source into the destination beside it, bit for bit: one launch if all are equally well aligned.
 
     A pair has one shape, dtype and device; strides are free, but the destinations must not overlap themselves, each

@@ -1,7 +1,7 @@
 """How the strided copies of one exchange are cut into programs: the geometry of `parts_copy`, in plain integers.
 
-A pair of same-shape tensors is reduced to a *row*, the longest run of bytes that is contiguous on both sides, and the axes
-that remain when neighbours are merged. The pack of a contiguous ``[B, S, H, D]``, for example, has rows of ``h*D``
+A pair of same-shape tensors is reduced to a *row*, the longest run of bytes that is contiguous on both sides, and the
+axes that remain when neighbours are merged. The pack of a contiguous ``[B, S, H, D]``, for example, has rows of ``h*D``
 elements and two axes: ranks, and batch with sequence. Bytes are moved, so the dtype matters only for its size.
 
 Rows are moved in *words* of 16, 8, 4, 2 or 1 bytes: the widest that divides both addresses, every stride and the row.

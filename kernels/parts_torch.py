@@ -33,8 +33,8 @@ def check_pairs(sources: Sequence[Tensor], destinations: Sequence[Tensor]) -> No
     for i, (source, destination) in enumerate(zip(sources, destinations, strict=True)):
         if source.shape != destination.shape:
             raise ValueError(
-                f"copy_parts: pair {i}: the source is {tuple(source.shape)}, the destination {tuple(destination.shape)}; "
-                "they must be equal"
+                f"copy_parts: pair {i}: the source is {tuple(source.shape)}, "
+                f"the destination {tuple(destination.shape)}; they must be equal"
             )
         if source.dtype != destination.dtype:
             raise TypeError(
