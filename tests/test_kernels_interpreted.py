@@ -11,7 +11,9 @@ import mmap
 import multiprocessing
 import os
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import pytest
@@ -41,7 +43,7 @@ Run = Callable[..., Any]
 Case = tuple[tuple[int, int, int, int, int], torch.dtype, str]  # (P, B, s, h, D), dtype, layout
 
 
-def _start() -> None:
+def _serve(calls: Connection) -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     from fvops.kernels import parts_torch
 
@@ -49,13 +51,41 @@ def _start() -> None:
         raise RuntimeError("the torch twin was called in a test of the Triton kernel")
 
     parts_torch.copy_parts = refuse
+    while True:
+        function, args = calls.recv()
+        try:
+            calls.send((function(*args), None))
+        except Exception:
+            calls.send((None, traceback.format_exc()))
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[Run]:
-    """Calls a function of this module in the worker; two minutes are far more than any of them needs."""
-    with multiprocessing.get_context("spawn").Pool(1, _start) as pool:
-        yield lambda function, *args: pool.apply_async(function, args).get(timeout=120)
+    """Calls a function of this module in the worker; a wrong address kills it, and that is a failure at once."""
+    context = multiprocessing.get_context("spawn")
+    calls, theirs = context.Pipe()
+    worker = context.Process(target=_serve, args=(theirs,), daemon=True)
+    worker.start()
+    theirs.close()
+
+    def call(function: Callable[..., Any], *args: Any) -> Any:
+        assert worker.is_alive(), "the worker died in an earlier test"
+        calls.send((function, args))
+        if not wait([calls, worker.sentinel], timeout=120):
+            worker.kill()
+            pytest.fail(f"{function.__name__}{args} took more than 120 s")
+        if not calls.poll():
+            pytest.fail(f"the worker died in {function.__name__}{args}")
+        try:
+            result, error = calls.recv()
+        except EOFError:
+            pytest.fail(f"the worker died in {function.__name__}{args}")
+        assert error is None, error
+        return result
+
+    yield call
+    worker.kill()
+    worker.join()
 
 
 def _config(tile: int) -> Any:
