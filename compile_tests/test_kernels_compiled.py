@@ -140,11 +140,19 @@ def _fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", TARGETS)
+# The targets of one maker differ little: one of each for every shape, the others for one shape.
 @pytest.mark.parametrize("way", ["pack", "unpack"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [
+        (shape, name)
+        for shape in SHAPES
+        for name in TARGETS
+        if name in ("sm_90", "gfx942") or shape.startswith("Wan 1.3B")
+    ],
+)
 def test_aligned_exchanges_move_sixteen_bytes_at_a_time_and_spill_nothing(
-    name: str, way: str, shape: str, tmp_path: Path
+    shape: str, name: str, way: str, tmp_path: Path
 ) -> None:
     kernel = _exchange(name, shape, way)
     loads, stores = _accesses(kernel)
