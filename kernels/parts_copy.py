@@ -8,7 +8,7 @@ Importing this module needs triton. Nothing is allocated and nothing waits for t
 a CUDA graph once its kernels are compiled. A kernel is compiled for each combination of: number of pairs, number of
 axes, word width, block shape, which of the addresses and integers divide by 16, and which integers need 64 bits.
 `do_not_specialize` keeps sizes of one from adding to these; triton 3.6 and 3.7 look at divisibility in tuples even if
-told not to. A model whose sequence length alone changes needs at most four (docs/kernels.md).
+told not to. A Wan model whose sequence length alone changes needs at most four (docs/kernels.md).
 """
 
 from __future__ import annotations
