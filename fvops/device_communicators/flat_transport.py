@@ -2,7 +2,7 @@
 
 The communicators speak of *rank-major parts*, views ``[P, ...]`` whose first dim is the peer, with whatever strides the
 tensor behind them has. A transport that can write straight into a peer's memory takes them as they are; one that moves
-flat buffers packs them first (`fvops.kernels.layout`), unless they lie in order already.
+flat buffers packs them first (`fvops.kernels.pack`), unless they lie in order already.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fvops.kernels import layout
+from fvops.kernels.pack import pack, unpack
 
 __all__ = ["FlatTransport", "as_bytes", "combine", "reduced_dtype"]
 
@@ -71,27 +72,30 @@ class FlatTransport:
     def exchange(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
         """Parts ``inputs[i][j]`` go to peer j, parts ``outputs[i][j]`` come from it; all i in one exchange."""
         recvs = [layout.receive_buffer(parts) for parts in outputs]
-        self._all_to_all(recvs, [parts.contiguous() for parts in inputs])
-        _lay_down(recvs, outputs)
+        self._all_to_all(recvs, pack(inputs))
+        unpack(recvs, outputs)
 
     def exchange_rows(
         self, output: Tensor, input_: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]
     ) -> None:
         """``input_rows[j]`` rows of dim 0 go to peer j, ``output_rows[j]`` rows of the output come from it."""
-        self._all_to_all_rows(output, input_.contiguous(), output_rows, input_rows)
+        (send,) = pack([input_])
+        self._all_to_all_rows(output, send, output_rows, input_rows)
 
     def all_gather(self, outputs: Tensor, input_: Tensor) -> None:
         """``outputs[j]`` is the input of peer j."""
         recv = layout.receive_buffer(outputs)
-        self._all_gather(recv, input_.contiguous())
-        _lay_down([recv], [outputs])
+        (send,) = pack([input_])
+        self._all_gather(recv, send)
+        unpack([recv], [outputs])
 
     def gather(self, outputs: Tensor | None, input_: Tensor, dst: int) -> None:
         """As `all_gather`, on `dst`; elsewhere `outputs` is None."""
         recv = None if outputs is None else layout.receive_buffer(outputs)
-        self._gather(recv, input_.contiguous(), dst)
+        (send,) = pack([input_])
+        self._gather(recv, send, dst)
         if recv is not None and outputs is not None:
-            _lay_down([recv], [outputs])
+            unpack([recv], [outputs])
 
     def all_reduce(self, output: Tensor, input_: Tensor, reduce_op: str) -> None:
         """`output` is the reduction of the peers' inputs."""
@@ -124,7 +128,8 @@ class FlatTransport:
             combine(output, received, reduce_op)
             return
         wide = output if output.dtype == dtype else torch.empty_like(output, dtype=dtype)
-        self._reduce_scatter(wide, inputs.contiguous().to(dtype), reduce_op)
+        (send,) = pack([inputs])
+        self._reduce_scatter(wide, send.to(dtype), reduce_op)
         _cast_back(output, wide)
 
     def broadcast(self, output: Tensor, input_: Tensor, src: int) -> None:
@@ -193,12 +198,6 @@ def combine(output: Tensor, parts: Tensor, reduce_op: str) -> None:
 def _copy_as(dtype: torch.dtype, output: Tensor, input_: Tensor) -> Tensor:
     """`input_` in `dtype`, in `output` if that has it."""
     return output.copy_(input_) if dtype == output.dtype else input_.to(dtype).contiguous()
-
-
-def _lay_down(recvs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-    for recv, parts in zip(recvs, outputs, strict=True):
-        if recv is not parts:
-            parts.copy_(recv)
 
 
 def _cast_back(output: Tensor, reduced: Tensor) -> None:
