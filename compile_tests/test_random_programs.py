@@ -80,7 +80,7 @@ def _check(world_size: int, train: bool, count: int) -> None:
     def check(steps: list[Step]) -> None:
         variant = VARIANTS[drawn["programs"] % len(VARIANTS)]
         drawn["programs"] += 1
-        results = Ranks.get(world_size).run(_both_ways, steps, variant, train, deadline_s=180)
+        results = Ranks.get(world_size).run(_both_ways, steps, variant, train, deadline_s=400)
         drawn["collectives"] += results[0][1]
         differences = {rank: text for rank, (text, _) in enumerate(results) if text}
         assert not differences, f"{steps} compiled with {variant}: {differences}"
