@@ -45,8 +45,8 @@ def start(world_size: int) -> tuple[int, ...]:
 
 
 @st.composite
-def programs(draw: st.DrawFn, world_size: int, length: int = 9) -> list[Step]:
-    """A list of steps ``(kind, index of the value, group, *constants)``."""
+def programs(draw: st.DrawFn, world_size: int, length: int) -> list[Step]:
+    """At most twice `length` steps ``(kind, index of the value, group, *constants)``."""
     shapes = [start(world_size)]
     steps: list[Step] = []
     for _ in range(draw(st.integers(4, length))):

@@ -68,7 +68,7 @@ def test_every_method_helper_and_getter_traces_whole(world_size: int, train: boo
 
 
 @TRAIN
-@WORLDS
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_inductor_compiles_all_of_them_in_one_graph(world_size: int, train: bool) -> None:
     Ranks.get(world_size).run(_programs, "inductor", train, world_size, True, deadline_s=300)
 
