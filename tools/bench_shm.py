@@ -123,7 +123,7 @@ def measure(calls: dict[str, Callable[[], Any]], rounds: int, inner: int) -> dic
 def worker(rank: int, P: int, store: str, only: list[str], sizes: list[str], rounds: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=P)
-    transport, words = ShmTransport.create(dist.group.WORLD, "bench")
+    transport, words = ShmTransport.create(dist.distributed_c10d._get_default_group(), "bench")
     if transport is None:
         raise SystemExit(words)
     if rank == 0:
@@ -136,7 +136,9 @@ def worker(rank: int, P: int, store: str, only: list[str], sizes: list[str], rou
             if rank == 0:
                 copy = f"   shm / copy {found['shm'] / found['copy']:5.2f}" if "copy" in found else ""
                 listed = "  ".join(f"{name} {seconds * 1e3:8.3f}" for name, seconds in found.items())
-                print(f"{size:>7} {op:15} ms: {listed}   gloo / shm {found['gloo'] / found['shm']:5.1f}{copy}", flush=True)
+                print(
+                    f"{size:>7} {op:15} ms: {listed}   gloo / shm {found['gloo'] / found['shm']:5.1f}{copy}", flush=True
+                )
     dist.barrier()
     transport.close()
     dist.destroy_process_group()

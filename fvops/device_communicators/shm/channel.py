@@ -7,9 +7,6 @@ than one of the pushed pieces is not yet drained. Neither side needs to know wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from fvops.device_communicators.shm.op_codes import name
@@ -46,14 +43,10 @@ class _End:
         """Bytes that a piece may have."""
         return self._layout.slot_bytes
 
-    def _slot(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The current slot as a contiguous tensor."""
+    def _slot(self, like: Tensor) -> Tensor:
+        """The current slot as a contiguous tensor of the shape and dtype of `like`."""
         offset = self._layout.slots + self._count % SLOTS * self._layout.slot_bytes
-        strides, stride = [], 1
-        for size in reversed(shape):
-            strides.append(stride)
-            stride *= size
-        return self._segment.typed(dtype).as_strided(shape, strides[::-1], offset // dtype.itemsize)
+        return self._segment.tensor(offset, like.shape, None, like.dtype)
 
     def _header(self) -> int:
         """Word index of the current slot's header: op, -, bytes (64 bits)."""
@@ -81,7 +74,7 @@ class Outlet(_End):
         layout, segment = self._layout, self._segment
         self._watch.reach(segment, layout.drained, (self._count + 1 - SLOTS) & _MASK, self._place)
         if x.numel():
-            self._slot(x.shape, x.dtype).copy_(x)
+            self._slot(x).copy_(x)
         header = self._header()
         segment.words[header] = op
         segment.quads[header // 2 + 1] = x.numel() * x.element_size() if nbytes is None else nbytes
@@ -109,7 +102,7 @@ class Inlet(_End):
         found = segment.words[header], segment.quads[header // 2 + 1]
         if found != (op, expected):
             raise mismatch(self._place, found, (op, expected))
-        return self._slot(like.shape, like.dtype)
+        return self._slot(like)
 
     def release(self) -> None:
         """Give the slot of the last `peek` back to the sender."""

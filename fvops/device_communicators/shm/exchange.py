@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from fvops.device_communicators.shm.channel import Inlet, Outlet, mismatch, pieces
-from fvops.device_communicators.shm.segment import Segment
 from fvops.device_communicators.shm.segment_layout import OP, STEP, TABLE_ENTRIES
 from fvops.device_communicators.shm.watch import Watch
 
 __all__ = ["EAGER_BYTES", "Exchange"]
 
-EAGER_BYTES = 4096
+EAGER_BYTES = 64 << 10
 _MASK = (1 << 32) - 1
 
 Parts = Mapping[int, Sequence[Tensor]]
@@ -98,7 +97,7 @@ class Exchange:
                 if (segment.words[OP], expected) != (op, nbytes):
                     raise mismatch(place, (segment.words[OP], expected), (op, nbytes))
                 if offset:
-                    _at(segment, offset, part, part_strides).copy_(part)
+                    segment.tensor(offset, part.shape, part_strides, part.dtype).copy_(part)
                 else:
                     homeless.append(part)
                 entry += 2
@@ -116,11 +115,6 @@ class Exchange:
 
     def _not_pooled(self, parts: Sequence[Tensor]) -> list[Tensor]:
         return [part for part in parts if part.numel() and not self._own.offset_of(part)]
-
-
-def _at(segment: Segment, offset: int, like: Tensor, strides: Sequence[int]) -> Tensor:
-    """A tensor of `segment` at byte `offset` with the shape and dtype of `like`."""
-    return segment.typed(like.dtype).as_strided(like.shape, strides, offset // like.element_size())
 
 
 def _all_pieces(parts: Sequence[Tensor], slot_bytes: int) -> list[Tensor]:

@@ -7,8 +7,10 @@ before `reserve` has allocated it: the control area and the slots at creation, t
 from __future__ import annotations
 
 import errno
+import math
 import mmap
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from fvops.device_communicators.shm.segment_layout import SegmentLayout
 
 __all__ = ["Segment", "reserve"]
 
+# Tensors made of segments are kept, up to so many for each segment: making one costs more than a small copy.
+_MOST_KEPT = 256
 # Other users of the file system (data loaders, NCCL) die of a full one: the pool leaves them this part of it.
 _LEFT_FREE = 0.25
 
@@ -44,6 +48,7 @@ class Segment:
         with torch.inference_mode(False):
             whole = torch.frombuffer(mapping, dtype=torch.uint8)
         self._typed: dict[torch.dtype, Tensor] = {torch.uint8: whole}
+        self._kept: dict[tuple[int, Sequence[int], Sequence[int] | None, torch.dtype], Tensor] = {}
         self.address = whole.data_ptr()
 
     def publish(self, index: int, value: int) -> None:
@@ -54,13 +59,25 @@ class Segment:
         self.words[index] = value
         futex.wake(address)
 
-    def typed(self, dtype: torch.dtype) -> Tensor:
-        """The whole segment as a flat tensor of `dtype`."""
+    def tensor(self, offset: int, shape: Sequence[int], strides: Sequence[int] | None, dtype: torch.dtype) -> Tensor:
+        """The tensor of `shape` at byte `offset`; `strides` None means contiguous."""
+        key = (offset, shape, strides, dtype)
+        found = self._kept.get(key)
+        if found is None:
+            if len(self._kept) >= _MOST_KEPT:
+                self._kept.clear()
+            # Made anew below autograd's and inference mode's notice, since it will be used under others.
+            with torch.inference_mode(False), torch.no_grad():
+                found = self._kept[key] = self._make(*key)
+        return found
+
+    def _make(self, offset: int, shape: Sequence[int], strides: Sequence[int] | None, dtype: torch.dtype) -> Tensor:
         flat = self._typed.get(dtype)
         if flat is None:
-            with torch.inference_mode(False):
-                flat = self._typed[dtype] = self._typed[torch.uint8].view(dtype)
-        return flat
+            flat = self._typed[dtype] = self._typed[torch.uint8].view(dtype)
+        if strides is None:
+            return flat.narrow(0, offset // dtype.itemsize, math.prod(shape)).view(shape)
+        return flat.as_strided(shape, strides, offset // dtype.itemsize)
 
     def offset_of(self, tensor: Tensor) -> int:
         """Byte offset of the first element of `tensor`; 0 when it lies outside (offset 0 is never a result's)."""

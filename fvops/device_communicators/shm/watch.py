@@ -29,9 +29,10 @@ __all__ = ["PeerError", "Watch"]
 
 # How long a sleep lasts before the peer is looked at.
 _SLICE_S = 0.25
-# Looks at the word before sleeping, about 50 us where each rank has a core of its own. With more ranks than cores the
-# awaited one may need the very core that spins.
-_SPINS_ALONE, _SPINS_CROWDED = 400, 10
+# How often a wait looks at the word before it sleeps, a look costing about 0.1 us. It pays only where the peer is about
+# to come and has a core of its own to come on, which is learnt: a spin that saw the word come allows a longer one, a
+# spin in vain halves the next.
+_FEWEST_LOOKS, _MOST_LOOKS = 10, 300
 _SIGN = 1 << 31
 
 
@@ -62,8 +63,7 @@ class Watch:
         self.timeout_s = timeout_s
         self.failure = ""
         self._peers = peers
-        crowded = len(segments) > len(os.sched_getaffinity(0))
-        self._spins = range(_SPINS_CROWDED if crowded else _SPINS_ALONE)
+        self._looks = _MOST_LOOKS if len(segments) <= len(os.sched_getaffinity(0)) else _FEWEST_LOOKS
 
     def reach(self, segment: Segment, index: int, target: int, place: int) -> None:
         """Wait until the counter at `index` of `segment`, which `place` advances, is at least `target` (modulo 2**32).
@@ -72,11 +72,14 @@ class Watch:
             PeerError: `place` died, left or gave up, or the deadline passed.
         """
         words = segment.words
-        for _ in self._spins:
-            if not (words[index] - target) & _SIGN:
-                break
-        else:
-            self._sleep(segment, index, target, place)
+        if (words[index] - target) & _SIGN:
+            for _ in range(self._looks):
+                if not (words[index] - target) & _SIGN:
+                    self._looks = min(_MOST_LOOKS, 2 * self._looks)
+                    break
+            else:
+                self._looks = max(_FEWEST_LOOKS, self._looks // 2)
+                self._sleep(segment, index, target, place)
         if futex.WEAKLY_ORDERED:
             futex.wake(segment.address + 4 * index)
 
