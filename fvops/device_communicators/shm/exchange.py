@@ -1,8 +1,7 @@
 """The one-sided exchange: post where results go, push slices straight into the peers' results, raise flags.
 
-`run` is every collective that moves data, given as lists of tensors by place. Parts of up to `EAGER_BYTES` go through
-the channels at once: copying them twice costs less than waiting for a post. A rank whose result is not in its pool
-posts offset 0, and gets it through the channels too.
+`run` is every collective that moves data, given as lists of tensors by place. A rank whose result is not in its pool
+posts offset 0, and gets it through the channels.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ from fvops.device_communicators.shm.channel import Inlet, Outlet, mismatch, piec
 from fvops.device_communicators.shm.segment_layout import OP, STEP, TABLE_ENTRIES
 from fvops.device_communicators.shm.watch import Watch
 
-__all__ = ["EAGER_BYTES", "Exchange"]
+__all__ = ["Exchange", "Parts"]
 
-EAGER_BYTES = 64 << 10
 _MASK = (1 << 32) - 1
 
 Parts = Mapping[int, Sequence[Tensor]]

@@ -20,7 +20,7 @@ from fvops import envs
 from fvops.device_communicators.shm.arithmetic import REDUCTIONS
 from fvops.device_communicators.shm.channel import Inlet, Outlet
 from fvops.device_communicators.shm.creation import Formation, form_segments
-from fvops.device_communicators.shm.exchange import EAGER_BYTES, Exchange, Parts
+from fvops.device_communicators.shm.exchange import Exchange, Parts
 from fvops.device_communicators.shm.messages import Messages
 from fvops.device_communicators.shm.op_codes import code
 from fvops.device_communicators.shm.pool import Pool
@@ -31,9 +31,8 @@ from fvops.device_communicators.shm.watch import PeerError, Watch
 __all__ = ["ShmTransport"]
 
 _MASK = (1 << 32) - 1
-# Up to this many bytes a rank sends its whole tensor to all others and everyone reduces all of it: one wait for others
-# instead of the two that reducing shares and gathering them takes.
-_ONE_STEP_BYTES = 128 << 10
+# Parts of up to so many bytes go through the channels at once: copying them twice costs less than waiting for a post.
+_EAGER_BYTES = 64 << 10
 
 
 class ShmTransport:
@@ -42,8 +41,11 @@ class ShmTransport:
     After an error in a collective the ranks' counters may differ, so that every later call is refused with that error.
     """
 
-    def __init__(self, me: int, places: int, name: str, formation: Formation, timeout_s: float) -> None:
+    def __init__(
+        self, me: int, places: int, name: str, formation: Formation, timeout_s: float, eager_bytes: int
+    ) -> None:
         self.rank = me
+        self._eager_bytes = eager_bytes
         self.world_size = places
         self.name = name
         # Starting with the next place, so that not all ranks push to the same one first.
@@ -75,6 +77,7 @@ class ShmTransport:
         timeout_s: float | None = None,
         segment_bytes: int | None = None,
         slot_bytes: int | None = None,
+        eager_bytes: int = _EAGER_BYTES,
         folder: str = "/dev/shm",
     ) -> tuple[ShmTransport | None, str]:
         """The group's transport, on all ranks or on none, and in words what it is or why there is none. Collective.
@@ -86,6 +89,7 @@ class ShmTransport:
             timeout_s: deadline of each wait, seconds; default ``FVOPS_TIMEOUT_S``.
             segment_bytes: size of each rank's segment; default ``FVOPS_SHM_SEGMENT_MB``.
             slot_bytes: size of a piece, a multiple of 64; default by the number of ranks.
+            eager_bytes: parts of up to so many go through the channels at once; the same on every rank.
             folder: where segments are created; tests use another one as another node.
         """
         timeout_s = envs.FVOPS_TIMEOUT_S if timeout_s is None else timeout_s
@@ -93,12 +97,13 @@ class ShmTransport:
         formation, words = form_segments(cpu_group, refusal, segment_bytes, slot_bytes, folder)
         if formation is None:
             return None, words
-        return cls(dist.get_rank(cpu_group), dist.get_world_size(cpu_group), name, formation, timeout_s), words
+        me, places = dist.get_rank(cpu_group), dist.get_world_size(cpu_group)
+        return cls(me, places, name, formation, timeout_s, eager_bytes), words
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialized contiguous tensor for a result: pooled shared memory if it is large and there is room."""
         # The parts of what is smaller go through the channels.
-        if math.prod(shape) * dtype.itemsize > EAGER_BYTES * self.world_size:
+        if math.prod(shape) * dtype.itemsize > self._eager_bytes * self.world_size:
             tensor = self._pool.empty(shape, dtype)
             if tensor is not None:
                 return tensor
@@ -144,7 +149,7 @@ class ShmTransport:
                 receive: Parts = {}
             else:
                 give, receive = {}, {src: (output,)}
-            if output.numel() * output.element_size() <= EAGER_BYTES:
+            if output.numel() * output.element_size() <= self._eager_bytes:
                 self._exchange.through_channels(code("broadcast"), give, receive)
             else:
                 self._exchange.run(code("broadcast"), give, receive, [output.stride()])
@@ -173,7 +178,8 @@ class ShmTransport:
         _check_reduction(reduce_op)
         with self._turn:
             numel, P = input.numel(), self.world_size
-            if numel * input.element_size() <= _ONE_STEP_BYTES // (P - 1):
+            # Everyone sends all of it to all others and reduces all of it: one wait instead of two.
+            if numel * input.element_size() * (P - 1) <= 2 * self._eager_bytes:
                 terms = dict.fromkeys(self._others, input)
                 self._reductions.run(code("all_reduce"), terms, input, output, reduce_op)
                 return
@@ -249,7 +255,7 @@ class ShmTransport:
             receive[self.rank].copy_(give[self.rank])
         give_parts = {j: [give[j] for give in gives] for j in self._others}
         receive_parts = {i: [receive[i] for receive in receives] for i in self._others}
-        if all(output.numel() * output.element_size() <= EAGER_BYTES * self.world_size for output in outputs):
+        if all(output.numel() * output.element_size() <= self._eager_bytes * self.world_size for output in outputs):
             self._exchange.through_channels(op, give_parts, receive_parts)
         else:
             strides = [receive[0].stride() for receive in receives]
