@@ -36,8 +36,18 @@ def _log_level(text: str) -> str:
     return level
 
 
+def _megabytes(text: str) -> int:
+    megabytes = int(text)
+    if megabytes <= 0:
+        raise ValueError("must be a whole number of megabytes above 0")
+    return megabytes
+
+
 VARIABLES: dict[str, Variable] = {
     "FVOPS_TIMEOUT_S": Variable(_positive_seconds, 600.0, "deadline of every wait for other ranks, seconds"),
+    "FVOPS_SHM_SEGMENT_MB": Variable(
+        _megabytes, 256, "most shared memory that each rank of a group on one node uses for results, MB (2**20 bytes)"
+    ),
     "FVOPS_LOG_LEVEL": Variable(
         _log_level, None, "when set, the 'fvops' logger prints to stderr at this level; unset: no handler is installed"
     ),

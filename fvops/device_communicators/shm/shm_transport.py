@@ -1,0 +1,301 @@
+"""A group's collectives over shared memory: what the communicator calls.
+
+Each call is turned into parts by place, and handed to `exchange` (what moves) or `reductions` (what is computed). All
+calls but `send` and `recv` take turns, in the same order on every rank; which thread calls does not matter.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fvops import envs
+from fvops.device_communicators.shm.arithmetic import REDUCTIONS
+from fvops.device_communicators.shm.channel import Inlet, Outlet
+from fvops.device_communicators.shm.creation import Formation, form_segments
+from fvops.device_communicators.shm.exchange import Exchange, Parts
+from fvops.device_communicators.shm.messages import Messages
+from fvops.device_communicators.shm.op_codes import code
+from fvops.device_communicators.shm.pool import Pool
+from fvops.device_communicators.shm.reductions import Reductions
+from fvops.device_communicators.shm.segment_layout import BARRIERS, COLLECTIVES, MESSAGES
+from fvops.device_communicators.shm.watch import PeerError, Watch
+
+__all__ = ["ShmTransport"]
+
+_MASK = (1 << 32) - 1
+# Parts of up to so many bytes go through the channels at once: copying them twice costs less than waiting for a post.
+_EAGER_BYTES = 64 << 10
+
+
+class ShmTransport:
+    """The transport of one rank of a group whose ranks share a node; `create` makes it. Peers are places in the group.
+
+    After an error in a collective the ranks' counters may differ, so that every later call is refused with that error.
+    """
+
+    def __init__(
+        self, me: int, places: int, name: str, formation: Formation, timeout_s: float, eager_bytes: int
+    ) -> None:
+        self.rank = me
+        self._eager_bytes = eager_bytes
+        self.world_size = places
+        self.name = name
+        # Starting with the next place, so that not all ranks push to the same one first.
+        self._others = [(me + distance) % places for distance in range(1, places)]
+        self._watch = watch = Watch(me, formation.segments, formation.peers, timeout_s)
+        outlets = {j: Outlet(watch, COLLECTIVES, j) for j in self._others}
+        inlets = {i: Inlet(watch, COLLECTIVES, i) for i in self._others}
+        self._exchange = Exchange(watch, outlets, inlets)
+        layout = formation.segments[me].layout
+        self._reductions = Reductions(me, outlets, inlets, layout.slot_bytes)
+        self._messages = Messages(
+            watch,
+            {j: Outlet(watch, MESSAGES, j) for j in self._others},
+            {i: Inlet(watch, MESSAGES, i) for i in self._others},
+            name,
+        )
+        self._own = formation.segments[me]
+        self._pool = Pool(self._own, formation.descriptor)
+        self._barriers = 0
+        self._turn = _Turn(watch)
+
+    @classmethod
+    def create(
+        cls,
+        cpu_group: dist.ProcessGroup,
+        name: str,
+        *,
+        refusal: str = "",
+        timeout_s: float | None = None,
+        segment_bytes: int | None = None,
+        slot_bytes: int | None = None,
+        eager_bytes: int = _EAGER_BYTES,
+        folder: str = "/dev/shm",
+    ) -> tuple[ShmTransport | None, str]:
+        """The group's transport, on all ranks or on none, and in words what it is or why there is none. Collective.
+
+        Args:
+            cpu_group: gloo group of the ranks.
+            name: the group's, for thread names and messages.
+            refusal: why this rank does not want it (a setting); one rank is enough for all.
+            timeout_s: deadline of each wait, seconds; default ``FVOPS_TIMEOUT_S``.
+            segment_bytes: size of each rank's segment; default ``FVOPS_SHM_SEGMENT_MB``.
+            slot_bytes: size of a piece, a multiple of 64; default by the number of ranks.
+            eager_bytes: parts of up to so many go through the channels at once; the same on every rank.
+            folder: where segments are created; tests use another one as another node.
+        """
+        timeout_s = envs.FVOPS_TIMEOUT_S if timeout_s is None else timeout_s
+        segment_bytes = envs.FVOPS_SHM_SEGMENT_MB << 20 if segment_bytes is None else segment_bytes
+        formation, words = form_segments(cpu_group, refusal, segment_bytes, slot_bytes, folder)
+        if formation is None:
+            return None, words
+        me, places = dist.get_rank(cpu_group), dist.get_world_size(cpu_group)
+        return cls(me, places, name, formation, timeout_s, eager_bytes), words
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialized contiguous tensor for a result: pooled shared memory if it is large and there is room."""
+        # The parts of what is smaller go through the channels.
+        if math.prod(shape) * dtype.itemsize > self._eager_bytes * self.world_size:
+            tensor = self._pool.empty(shape, dtype)
+            if tensor is not None:
+                return tensor
+        return torch.empty(tuple(shape), dtype=dtype)
+
+    def exchange(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        """All to all: ``inputs[t][j]`` goes to place j, ``outputs[t][j]`` comes from it, for each tensor t.
+
+        Args:
+            outputs: rank-major views ``[P, ...]`` of tensors from `empty`, the same strides on every rank.
+            inputs: rank-major views of the same shapes, any strides.
+        """
+        with self._turn:
+            self._move(code("all_to_all"), outputs, inputs)
+
+    def all_gather(self, outputs: Tensor, input: Tensor) -> None:
+        """``outputs[j]`` becomes place j's `input`; `outputs` is a rank-major view of a tensor from `empty`."""
+        with self._turn:
+            self._move(code("all_gather"), (outputs,), (input.expand(outputs.shape),))
+
+    def exchange_rows(
+        self, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]
+    ) -> None:
+        """``input_rows[j]`` rows of `input`, in order, go to place j; ``output_rows[i]`` of `output` come from it.
+
+        Raises:
+            PeerError: what one rank sends is not what the other expects.
+        """
+        with self._turn:
+            # Not in the channels even where parts are small: only what is posted shows that sizes differ.
+            give, receive = input.split(list(input_rows)), output.split(list(output_rows))
+            receive[self.rank].copy_(give[self.rank])
+            self._exchange.run(
+                code("all_to_all_single"), self._by_place(give), self._by_place(receive), [output.stride()]
+            )
+
+    def broadcast(self, output: Tensor, input: Tensor, src: int) -> None:
+        """`output` becomes `input` of place `src`; the others' `input` is not read."""
+        with self._turn:
+            if self.rank == src:
+                output.copy_(input)
+                give: Parts = dict.fromkeys(self._others, (output,))
+                receive: Parts = {}
+            else:
+                give, receive = {}, {src: (output,)}
+            if output.numel() * output.element_size() <= self._eager_bytes:
+                self._exchange.through_channels(code("broadcast"), give, receive)
+            else:
+                self._exchange.run(code("broadcast"), give, receive, [output.stride()])
+
+    def gather(self, outputs: Tensor | None, input: Tensor, dst: int) -> None:
+        """On `dst`, ``outputs[j]`` (a rank-major view) becomes place j's `input`; elsewhere `outputs` is None."""
+        with self._turn:
+            # In the channels: the strides of the parts are known to `dst` alone.
+            if outputs is None:
+                self._exchange.through_channels(code("gather"), {dst: (input,)}, {})
+            else:
+                parts = outputs.unbind(0)
+                parts[dst].copy_(input)
+                self._exchange.through_channels(code("gather"), {}, self._by_place(parts))
+
+    def reduce_scatter(self, output: Tensor, inputs: Tensor, reduce_op: str) -> None:
+        """`output` becomes the reduction of the places' ``inputs[r]``, r this rank; `inputs` is a rank-major view."""
+        _check_reduction(reduce_op)
+        with self._turn:
+            parts = inputs.unbind(0)
+            terms = {j: parts[j] for j in self._others}
+            self._reductions.run(code("reduce_scatter"), terms, parts[self.rank], output, reduce_op)
+
+    def all_reduce(self, output: Tensor, input: Tensor, reduce_op: str) -> None:
+        """`output` becomes the reduction of the places' `input`, the same bits on every rank."""
+        _check_reduction(reduce_op)
+        with self._turn:
+            numel, P = input.numel(), self.world_size
+            # Everyone sends all of it to all others and reduces all of it: one wait instead of two.
+            if numel * input.element_size() * (P - 1) <= 2 * self._eager_bytes:
+                terms = dict.fromkeys(self._others, input)
+                self._reductions.run(code("all_reduce"), terms, input, output, reduce_op)
+                return
+            sizes = [numel * (place + 1) // P - numel * place // P for place in range(P)]
+            shares = input.reshape(-1).split(sizes)
+            results = output.view(-1).split(sizes)
+            own = results[self.rank]
+            terms = {j: shares[j] for j in self._others}
+            self._reductions.run(code("all_reduce"), terms, shares[self.rank], own, reduce_op)
+            give = dict.fromkeys(self._others, (own,))
+            self._exchange.run(code("all_reduce"), give, self._by_place(results), [(1,)])
+
+    def reduce(self, output: Tensor, input: Tensor, reduce_op: str, dst: int) -> None:
+        """On `dst`, `output` becomes the reduction of the places' `input`; elsewhere it is not written."""
+        _check_reduction(reduce_op)
+        with self._turn:
+            if self.rank == dst:
+                self._reductions.run(code("reduce"), {}, input, output, reduce_op)
+            else:
+                self._reductions.run(code("reduce"), {dst: input}, input, None, reduce_op)
+
+    def send(self, input: Tensor, dst: int) -> None:
+        """Send to place `dst`; does not wait for it."""
+        self._turn.check()
+        self._messages.send(input, dst)
+
+    def recv(self, output: Tensor, src: int) -> None:
+        """Fill `output` (contiguous) with the next message from place `src`."""
+        self._turn.check()
+        try:
+            self._messages.recv(output, src)
+        except PeerError as error:
+            self._watch.fail(str(error), src)
+            raise
+
+    def barrier(self) -> None:
+        """Return once every rank has called this."""
+        with self._turn:
+            self._barriers = (self._barriers + 1) & _MASK
+            self._own.publish(BARRIERS, self._barriers)
+            for place in self._others:
+                self._watch.reach(self._watch.segments[place], BARRIERS, self._barriers, place)
+
+    def close(self) -> None:
+        """Leave the group: later calls are refused, results stay valid. Not collective; safe to call twice.
+
+        Raises:
+            RuntimeError: after everything is released, when a send was not received by the deadline.
+        """
+        if self._turn.closed:
+            return
+        try:
+            if not self._watch.failure:
+                self._messages.drain(self._watch.timeout_s)
+        finally:
+            self._turn.closed = True
+            self._watch.leave()
+            self._pool.close()
+
+    def _by_place(self, parts: Sequence[Tensor]) -> dict[int, tuple[Tensor]]:
+        return {place: (parts[place],) for place in self._others}
+
+    def _move(self, op: int, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        """`exchange`, for views of any number of tensors."""
+        most = self._exchange.most_tensors()
+        if len(outputs) > most:
+            self._move(op, outputs[:most], inputs[:most])
+            self._move(op, outputs[most:], inputs[most:])
+            return
+        receives = [output.unbind(0) for output in outputs if output.numel()]
+        gives = [input.unbind(0) for input in inputs if input.numel()]
+        for receive, give in zip(receives, gives, strict=True):
+            receive[self.rank].copy_(give[self.rank])
+        give_parts = {j: [give[j] for give in gives] for j in self._others}
+        receive_parts = {i: [receive[i] for receive in receives] for i in self._others}
+        if all(output.numel() * output.element_size() <= self._eager_bytes * self.world_size for output in outputs):
+            self._exchange.through_channels(op, give_parts, receive_parts)
+        else:
+            strides = [receive[0].stride() for receive in receives]
+            self._exchange.run(op, give_parts, receive_parts, strides)
+
+
+class _Turn:
+    """One collective at a time; refuses a group that is closed or broken, and breaks it on any error inside."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.closed = False
+        self._watch = watch
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    def check(self) -> None:
+        if self.closed:
+            raise RuntimeError("this group's shared memory is closed: the group was destroyed")
+        if self._watch.failure:
+            raise PeerError(f"this group is broken since an earlier error: {self._watch.failure}")
+        if os.getpid() != self._pid:
+            raise RuntimeError(f"this group belongs to process {self._pid}; a forked child cannot use it")
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        try:
+            self.check()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            culprit = error.places[0] if isinstance(error, PeerError) and error.places else self._watch.me
+            self._watch.fail(f"{type(error).__name__}: {error}", culprit)
+        self._lock.release()
+
+
+def _check_reduction(reduce_op: str) -> None:
+    if reduce_op not in REDUCTIONS:
+        raise ValueError(f"unknown reduction {reduce_op!r}; it must be one of {', '.join(REDUCTIONS)}")

@@ -1,0 +1,201 @@
+"""Segments come for all ranks or for none, leave nothing behind, and stay within their group."""
+
+from __future__ import annotations
+
+import gc
+import os
+import stat
+from typing import Any
+
+import pytest
+import torch
+
+from tests.harness import Ranks
+from tests.shm_calls import Call, agree, fresh_transport, perform
+from tests.worlds import initialized
+
+
+def _try(options: list[dict[str, Any]]) -> tuple[bool, str]:
+    import fvops
+    from fvops.device_communicators.shm import ShmTransport
+
+    group = fvops.get_sp_group()
+    before = _belongings()
+    transport, words = ShmTransport.create(group.cpu_group, "test", **options[group.rank_in_group])
+    assert _belongings() == before
+    return transport is None, words
+
+
+def _belongings() -> tuple[int, list[str]]:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd")), [name for name in os.listdir("/dev/shm") if name.startswith("fvops-")]
+
+
+@pytest.mark.parametrize(
+    ("odd_one", "reason"),
+    [
+        ({"refusal": "FVOPS_TRANSPORT=gloo"}, "place 1: FVOPS_TRANSPORT=gloo"),
+        ({"folder": "/tmp"}, "different nodes"),
+        ({"folder": "/nowhere"}, "place 1: there is no /nowhere"),
+        ({"segment_bytes": 4096}, "place 1: a segment of 4096 bytes (FVOPS_SHM_SEGMENT_MB) is below"),
+        ({"segment_bytes": 32 << 20}, "place 1 wants another layout"),
+        ({"segment_bytes": 1 << 60}, "place 1: "),
+    ],
+)
+def test_one_rank_that_cannot_is_enough_for_all(odd_one: dict[str, Any], reason: str) -> None:
+    options: list[dict[str, Any]] = [{}, odd_one, {}]
+    told = Ranks.get(3).run(_try, options)
+    assert all(none for none, _ in told)
+    assert all(reason in words for _, words in told), told
+    assert len({words for _, words in told}) == 1 or "nodes" in reason
+
+
+def _two_nodes() -> tuple[bool, bool, list[Any]]:
+    """Four ranks, two on each node: the world gets no segments, each node's pair gets its own."""
+    import fvops
+    from fvops.device_communicators.shm import ShmTransport
+
+    with initialized(1, 2):
+        world, pair = fvops.get_world_group(), fvops.get_sp_group()
+        folder = "/dev/shm" if world.rank < 2 else "/tmp"
+        whole, _ = ShmTransport.create(world.cpu_group, "world", folder=folder)
+        transport, words = ShmTransport.create(pair.cpu_group, "pair", folder=folder, eager_bytes=0, timeout_s=30.0)
+        assert transport is not None, words
+        results = []
+        for call in _pair_calls(world.rank // 2):
+            results.append(perform(transport, call, call.input(transport.rank)))
+        transport.barrier()
+        transport.close()
+        return whole is None, folder in words, [None if y is None else y.clone() for y in results]
+
+
+def _pair_calls(node: int) -> list[Call]:
+    kinds = ["contiguous", "strided"]
+    return [
+        Call("all_gather", (3, 400), torch.float32, kinds, 7 + 1000 * node, {"dim": 1}),
+        Call("all_reduce", (900,), torch.float32, kinds, 8 + 1000 * node, {"op": "sum"}),
+    ]
+
+
+def test_groups_on_two_nodes() -> None:
+    told = Ranks.get(4).run(_two_nodes, initialize=False)
+    for node in (0, 1):
+        for number, call in enumerate(_pair_calls(node)):
+            agree(call, [told[rank][2][number] for rank in (2 * node, 2 * node + 1)], 2)
+    assert all(no_world and named for no_world, named, _ in told)
+
+
+def _come_and_go(rounds: int) -> list[str]:
+    """What is there during a transport's life, and whether anything is left of it."""
+    import fvops
+
+    complaints = []
+    group = fvops.get_sp_group()
+    group.barrier()
+    before = _belongings()
+    for _ in range(rounds):
+        with fresh_transport(segment_bytes=8 << 20, eager_bytes=0) as transport:
+            x = torch.ones(1000)
+            y = transport.empty((1000,), torch.float32)
+            transport.all_reduce(y, x, "sum")
+            if any(name.startswith("fvops-") for name in os.listdir("/dev/shm")):
+                complaints.append("a name in /dev/shm")
+            maps = [line for line in open("/proc/self/maps") if "/fvops-" in line]  # noqa: SIM115
+            if len(maps) < transport.world_size or not all("(deleted)" in line for line in maps):
+                complaints.append(f"mappings {maps}")
+            modes = {
+                stat.S_IMODE(os.stat(f"/proc/self/fd/{number}").st_mode)
+                for number in os.listdir("/proc/self/fd")
+                if "/fvops-" in _target(number)
+            }
+            if modes != {0o600}:
+                complaints.append(f"modes {modes}")
+            transport.barrier()
+        transport.close()
+        if float(y.sum()) != 1000 * group.world_size:
+            complaints.append("the result did not outlive its transport")
+        del transport, y
+        group.barrier()
+    if _belongings() != before:
+        complaints.append(f"{before} became {_belongings()}")
+    return complaints
+
+
+def _target(number: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{number}")
+    except OSError:
+        return ""
+
+
+def test_a_transport_leaves_nothing_behind(ranks: Ranks) -> None:
+    assert ranks.run(_come_and_go, 3) == [[]] * ranks.world_size
+
+
+def _fork() -> str:
+    with fresh_transport() as transport:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            text = "no error"
+            try:
+                transport.barrier()
+            except RuntimeError as error:
+                text = str(error)
+            os.write(writer, text.encode())
+            os._exit(0)
+        os.close(writer)
+        text = os.read(reader, 1000).decode()
+        os.close(reader)
+        os.waitpid(child, 0)
+        transport.barrier()
+        return text
+
+
+def test_a_forked_child_is_refused(two_ranks: Ranks) -> None:
+    assert all("forked child" in text for text in two_ranks.run(_fork))
+
+
+def _soak(rounds: int, settled: int) -> list[tuple[int, int, list[str]]]:
+    """(resident bytes, descriptors, names) after `settled` calls and at the end."""
+    import random
+
+    from tests.shm_calls import CONFIGURATIONS
+
+    told = []
+    draw = random.Random(5)
+    with fresh_transport(**CONFIGURATIONS["plain"] | {"eager_bytes": 2048}) as transport:
+        P = transport.world_size
+        for number in range(rounds):
+            op, size = (
+                draw.choice(["all_gather", "all_reduce", "reduce_scatter", "broadcast", "ring"]),
+                draw.choice([1, 100, 3000, 50_000]),
+            )
+            args: dict[str, Any] = {}
+            if op in ("all_gather", "reduce_scatter"):
+                args["dim"] = 0
+            if op in ("all_reduce", "reduce_scatter"):
+                args["op"] = "sum"
+            if op == "broadcast":
+                args["src"] = draw.randrange(P)
+            x = torch.full((size * P,), float(transport.rank))
+            perform(transport, Call(op, (size * P,), torch.float32, [], 0, args), x)
+            if number + 1 in (settled, rounds):
+                with open("/proc/self/statm") as file:
+                    resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+                told.append((resident, *_belongings()))
+        transport.barrier()
+    return told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_hundred_thousand_calls_leave_memory_and_descriptors_as_they_were(world_size: int) -> None:
+    for early, late in Ranks.get(world_size).run(_soak, 100_000, 1_000, deadline_s=1800):
+        assert late[1:] == early[1:]
+        assert late[0] <= 1.02 * early[0]
+
+
+def test_calls_in_a_row_keep_descriptors(two_ranks: Ranks) -> None:
+    for early, late in two_ranks.run(_soak, 600, 200):
+        assert late[1:] == early[1:]
