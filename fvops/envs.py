@@ -52,7 +52,7 @@ VARIABLES: dict[str, Variable] = {
         _log_level, None, "when set, the 'fvops' logger prints to stderr at this level; unset: no handler is installed"
     ),
     "FVOPS_TRANSPORT": Variable(
-        str.lower, "auto", "what carries tensors: auto, process_group (torch.distributed), nccl or hccl (own bindings)"
+        str.lower, "auto", "what carries tensors: auto, process_group (torch's), shm, nccl or hccl"
     ),
     "FVOPS_NCCL_LIBRARY": Variable(str, None, "path of the NCCL library that pynccl loads; unset: it looks for one"),
     "FVOPS_HCCL_LIBRARY": Variable(str, None, "path of the HCCL library that pyhccl loads; unset: it looks for one"),

@@ -18,9 +18,12 @@ from fvops.device_communicators.process_group_transport import ProcessGroupTrans
 from fvops.device_communicators.roll_call import RollCall
 from fvops.device_communicators.solo_transport import SoloTransport
 from fvops.kernels import layout
+from fvops.logger import init_logger
 from fvops.reduce_op import reduce_op_name
 
 __all__ = ["DeviceCommunicatorBase", "DistributedAutograd"]
+
+logger = init_logger(__name__)
 
 _STRIDED = torch.strided
 
@@ -210,7 +213,10 @@ class DeviceCommunicatorBase:
 
         Waits for open sends, at most ``FVOPS_TIMEOUT_S``; one that nobody received is reported as a warning.
         """
-        self.transport.close()
+        try:
+            self.transport.close()
+        except RuntimeError as error:
+            logger.warning("destroying group %r: %s", self.unique_name, error)
 
     def _make_transport(self) -> Any:
         """What carries the tensors; a subclass that has something better overrides this."""
@@ -262,11 +268,16 @@ class DeviceCommunicatorBase:
             call(*args)
         except RuntimeError as error:
             of = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in _list(tensors))
-            expected = range(self.world_size) if peer is None else [peer]
+            # A transport that knows who is at fault says so itself.
+            if getattr(error, "places", ()):
+                who = self.roll_call.names(error.places, self.ranks)
+            else:
+                expected = range(self.world_size) if peer is None else [peer]
+                who = self.roll_call.describe(f"{way} {number}", expected, self.ranks)
             raise RuntimeError(
                 f"{checks.where(op, self.unique_name)}{of and f' of {of}'} failed on place {self.rank} of "
                 f"{self.world_size} (global ranks {self.ranks}, deadline {envs.FVOPS_TIMEOUT_S:g} s); "
-                f"{self.roll_call.describe(f'{way} {number}', expected, self.ranks)}. The transport says: {error}"
+                f"{who}. The transport says: {error}"
             ) from error
 
 

@@ -15,6 +15,7 @@ __all__ = ["TRANSPORTS", "build_communicator"]
 TRANSPORTS = {
     "auto": ("cpu", "cuda", "npu"),
     "process_group": ("cpu", "cuda", "npu"),
+    "shm": ("cpu",),
     "nccl": ("cpu", "cuda"),
     "hccl": ("cpu", "npu"),
 }

@@ -183,7 +183,11 @@ class FlatTransport:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Wait for open sends, at most ``FVOPS_TIMEOUT_S``, and release what is held."""
+        """Release what is held, after waiting for open sends, at most ``FVOPS_TIMEOUT_S``.
+
+        Raises:
+            RuntimeError: a send was not received.
+        """
         raise NotImplementedError
 
 

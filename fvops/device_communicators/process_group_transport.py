@@ -16,12 +16,9 @@ from torch import Tensor
 from fvops import envs
 from fvops.device_communicators.flat_transport import FlatTransport, as_bytes
 from fvops.device_communicators.pending_sends import PendingSends
-from fvops.logger import init_logger
 from fvops.torch_compat import all_gather_flat, reduce_scatter_flat
 
 __all__ = ["ProcessGroupTransport"]
-
-logger = init_logger(__name__)
 
 # avg is a sum and a division here: not every backend has it.
 _C10D_OPS = {
@@ -52,7 +49,6 @@ class ProcessGroupTransport(FlatTransport):
         self.ranks = dist.get_process_group_ranks(group)
         self.world_size = len(self.ranks)
         self.name = f"torch.distributed ({dist.get_backend(group)})"
-        self._unique_name = unique_name
         self._sends = PendingSends(unique_name)
         # On an accelerator a send runs on a stream of the backend: (work, buffer) until it is done.
         self._launched: list[tuple[Any, Tensor]] = []
@@ -75,11 +71,8 @@ class ProcessGroupTransport(FlatTransport):
         dist.barrier(self.cpu_group)
 
     def close(self) -> None:
-        try:
-            self._sends.drain(envs.FVOPS_TIMEOUT_S)
-        except RuntimeError as error:
-            logger.warning("destroying group %r: %s", self._unique_name, error)
         self._launched.clear()
+        self._sends.drain(envs.FVOPS_TIMEOUT_S)
 
     def _all_to_all(self, recvs: Sequence[Tensor], sends: Sequence[Tensor]) -> None:
         # All are started before the first is waited for: several tensors are one exchange, as far as torch lets them.

@@ -45,6 +45,11 @@ class RollCall:
             return f"who is missing cannot be told, the store is gone, and with it perhaps global rank 0 ({error})"
         if not absent:
             return "every rank of the group came to it, and it failed there too"
+        return self.names(absent, ranks)
+
+    @staticmethod
+    def names(absent: Sequence[int], ranks: Sequence[int]) -> str:
+        """How missing places are told."""
         return "missing: " + ", ".join(f"place {place} (global rank {ranks[place]})" for place in absent)
 
     def _absent(self, call: str, places: list[int]) -> list[int]:

@@ -47,7 +47,8 @@ class ShmTransport:
         self.rank = me
         self._eager_bytes = eager_bytes
         self.world_size = places
-        self.name = name
+        self.name = "shared memory"
+        self.device = torch.device("cpu")
         # Starting with the next place, so that not all ranks push to the same one first.
         self._others = [(me + distance) % places for distance in range(1, places)]
         self._watch = watch = Watch(me, formation.segments, formation.peers, timeout_s)
