@@ -269,8 +269,9 @@ class DeviceCommunicatorBase:
         except RuntimeError as error:
             of = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in _list(tensors))
             # A transport that knows who is at fault says so itself.
-            if getattr(error, "places", ()):
-                who = self.roll_call.names(error.places, self.ranks)
+            missing = getattr(error, "places", ())
+            if missing:
+                who = self.roll_call.names(missing, self.ranks)
             else:
                 expected = range(self.world_size) if peer is None else [peer]
                 who = self.roll_call.describe(f"{way} {number}", expected, self.ranks)
