@@ -37,7 +37,10 @@ def pack(parts: Sequence[Tensor], backend: Backend | None = None) -> list[Tensor
     Raises:
         ValueError: for an unknown backend or parts on several devices.
     """
-    sends = [part.resolve_conj().resolve_neg() for part in parts]
+    if _is_torch(parts, backend):
+        # The whole of it, in as few steps as can be: small exchanges feel each.
+        return [_resolved(part).contiguous() for part in parts]
+    sends = [_resolved(part) for part in parts]
     waiting = [i for i, part in enumerate(sends) if not part.is_contiguous()]
     views = [sends[i] for i in waiting]
     for i in waiting:
@@ -59,8 +62,22 @@ def unpack(received: Sequence[Tensor], parts: Sequence[Tensor], backend: Backend
     """
     if len(received) != len(parts):
         raise ValueError(f"unpack: {len(received)} received buffers but {len(parts)} parts; they go in pairs")
+    if _is_torch(parts, backend):
+        for buffer, view in zip(received, parts, strict=True):
+            if buffer is not view:
+                view.copy_(buffer)
+        return
     pairs = [(buffer, view) for buffer, view in zip(received, parts, strict=True) if buffer is not view]
     _copy([buffer for buffer, _ in pairs], [view for _, view in pairs], backend)
+
+
+def _is_torch(parts: Sequence[Tensor], backend: Backend | None) -> bool:
+    """Does torch copy, without being asked to by name? Then the twin's checks find nothing: `pack` made the pairs."""
+    return backend is None and (len(parts) == 0 or not parts[0].is_cuda or not _has_triton())
+
+
+def _resolved(part: Tensor) -> Tensor:
+    return part.resolve_conj().resolve_neg() if part.is_conj() or part.is_neg() else part
 
 
 def _copy(sources: Sequence[Tensor], destinations: Sequence[Tensor], backend: Backend | None) -> None:
@@ -68,8 +85,6 @@ def _copy(sources: Sequence[Tensor], destinations: Sequence[Tensor], backend: Ba
         raise ValueError(f"fvops.kernels: unknown backend {backend!r}; use 'triton', 'torch' or None for the default")
     if not sources:
         return
-    if backend is None:
-        backend = "triton" if sources[0].device.type == "cuda" and _has_triton() else "torch"
     if backend == "torch":
         parts_torch.copy_parts(sources, destinations)
         return

@@ -17,16 +17,16 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from fvops.device_communicators.flat_transport import FlatTransport
 from fvops.group_coordinator import GroupCoordinator
 from fvops.kernels import layout
 from fvops.registry import resolve
@@ -78,12 +79,24 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     REQUIRES_GRAD: torch.enable_grad,
     "inference_mode": torch.inference_mode,
 }
-NO_TRANSPORT = SimpleNamespace(**dict.fromkeys(("all_to_all", "all_gather", "all_reduce"), lambda *args: None))
+
+
+class NoTransport(FlatTransport):
+    """Packs and allocates as every transport of flat buffers, and sends nothing."""
+
+    name, device, world_size = "none", torch.device("cpu"), P
+
+    def _all_to_all(self, recvs: Sequence[Tensor], sends: Sequence[Tensor]) -> None: ...
+
+    def _all_gather(self, recv: Tensor, send: Tensor) -> None: ...
+
+    def all_reduce(self, output: Tensor, input_: Tensor, reduce_op: str) -> None: ...
 
 
 def make_group(transport: Any = None) -> GroupCoordinator:
     """A group over the fake world. As `from_process_group`, but with no gloo group: one process cannot make that."""
     world = dist.distributed_c10d._get_default_group()
+    os.environ["FVOPS_TRANSPORT"] = "process_group"
     group = GroupCoordinator.__new__(GroupCoordinator)
     group._setup(0, world, world, True, "bench", torch.device("cpu"), [])
     if transport is not None:
@@ -135,7 +148,7 @@ def all_to_all_4D_work(x: Tensor) -> Tensor:
 
 
 def fvops_candidates() -> dict[str, Candidate]:
-    group, fake_pg_group = make_group(NO_TRANSPORT), make_group()
+    group, fake_pg_group = make_group(NoTransport()), make_group()
     name, fake_pg_name = group.unique_name, fake_pg_group.unique_name
     ops = torch.ops.fvops
     all_reduce, all_gather, all_to_all_4D = ops.all_reduce.default, ops.all_gather.default, ops.all_to_all_4D.default

@@ -68,7 +68,7 @@ class DeviceCommunicatorBase:
             return DistributedAutograd.AllReduce.apply(self, input_, op)
         self._check("all_reduce", input_)
         checks.check_reduce_op("all_reduce", self.unique_name, op, input_.dtype)
-        output = self.transport.empty(input_.shape, input_.dtype)
+        output = self.transport.like(input_)
         self._issue("all_reduce", input_, {"op": op}, self.transport.all_reduce, output, input_, op)
         return output
 
@@ -78,7 +78,7 @@ class DeviceCommunicatorBase:
         self._check("reduce", input_, differentiable=False)
         checks.check_reduce_op("reduce", self.unique_name, op, input_.dtype)
         checks.check_place("reduce", self.unique_name, "dst", dst, self.world_size)
-        output = self.transport.empty(input_.shape, input_.dtype)
+        output = self.transport.like(input_)
         self._issue("reduce", input_, {"op": op, "dst": dst}, self.transport.reduce, output, input_, op, dst)
         return output if self.rank == dst else output.zero_()
 
@@ -165,7 +165,7 @@ class DeviceCommunicatorBase:
         """The tensor of `src`, as a new tensor, on every rank."""
         self._check("broadcast", input_, differentiable=False)
         checks.check_place("broadcast", self.unique_name, "src", src, self.world_size)
-        output = self.transport.empty(input_.shape, input_.dtype)
+        output = self.transport.like(input_)
         self._issue("broadcast", input_, {"src": src}, self.transport.broadcast, output, input_, src)
         return output
 

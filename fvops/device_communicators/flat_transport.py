@@ -54,8 +54,8 @@ def reduced_dtype(dtype: torch.dtype) -> torch.dtype:
 class FlatTransport:
     """Exchanges of rank-major parts over a subclass's exchanges of contiguous buffers.
 
-    Peers are places in the group. Outputs come from `empty`; inputs may have any strides and are only read. A call
-    returns when the inputs may be overwritten and the outputs read (on the current stream, for an accelerator).
+    Peers are places in the group. Outputs come from `empty` or `like`; inputs may have any strides and are only read.
+    A call returns when the inputs may be overwritten and the outputs read (on the current stream, for an accelerator).
 
     Attributes:
         name: how the transport is called in messages.
@@ -68,6 +68,13 @@ class FlatTransport:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory for a result."""
         return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+
+    def like(self, input_: Tensor) -> Tensor:
+        """Memory for a result of the input's shape and dtype, for `all_reduce`, `reduce` and `broadcast`.
+
+        Here it holds the input's values already, and they work in place: one allocation and copy in one step.
+        """
+        return input_.clone(memory_format=torch.contiguous_format)
 
     def exchange(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
         """Parts ``inputs[i][j]`` go to peer j, parts ``outputs[i][j]`` come from it; all i in one exchange."""
@@ -105,7 +112,7 @@ class FlatTransport:
             self.all_gather(gathered, input_)
             combine(output, gathered, reduce_op)
             return
-        wide = _copy_as(dtype, output, input_)
+        wide = output if dtype == output.dtype else input_.to(dtype).contiguous()
         self._all_reduce(wide, reduce_op)
         _cast_back(output, wide)
 
@@ -115,7 +122,7 @@ class FlatTransport:
         if dtype is None:
             self.all_reduce(output, input_, reduce_op)
             return
-        wide = _copy_as(dtype, output, input_)
+        wide = output if dtype == output.dtype else input_.to(dtype).contiguous()
         self._reduce(wide, reduce_op, dst)
         _cast_back(output, wide)
 
@@ -134,7 +141,6 @@ class FlatTransport:
 
     def broadcast(self, output: Tensor, input_: Tensor, src: int) -> None:
         """`output` is the input of `src`."""
-        output.copy_(input_)
         self._broadcast(output, src)
 
     # What a subclass does with contiguous buffers; the first dim of a `recv` or `send` over all peers is the peer.
@@ -197,11 +203,6 @@ def combine(output: Tensor, parts: Tensor, reduce_op: str) -> None:
     for part in parts[1:]:
         _COMBINE[reduce_op](total, part, out=total)
     output.copy_(total.div_(len(parts)) if reduce_op == "avg" else total)
-
-
-def _copy_as(dtype: torch.dtype, output: Tensor, input_: Tensor) -> Tensor:
-    """`input_` in `dtype`, in `output` if that has it."""
-    return output.copy_(input_) if dtype == output.dtype else input_.to(dtype).contiguous()
 
 
 def _cast_back(output: Tensor, reduced: Tensor) -> None:

@@ -91,6 +91,9 @@ class LibraryTransport(FlatTransport):
                 self.comm.recv(parts[peer], peer)
         self.comm.group_end()
 
+    def like(self, input_: Tensor) -> Tensor:
+        return self.empty(input_.shape, input_.dtype)
+
     def all_reduce(self, output: Tensor, input_: Tensor, reduce_op: str) -> None:
         if self._reduces_as(input_.dtype, reduce_op) != input_.dtype:
             super().all_reduce(output, input_, reduce_op)
@@ -101,6 +104,12 @@ class LibraryTransport(FlatTransport):
         if buffer.numel():
             self.comm.all_reduce(buffer, reduce_op, out=buffer)
 
+    def reduce(self, output: Tensor, input_: Tensor, reduce_op: str, dst: int) -> None:
+        if self._reduces_as(input_.dtype, reduce_op) != input_.dtype:
+            super().reduce(output, input_, reduce_op, dst)
+        elif input_.numel():
+            self.comm.reduce(input_.contiguous(), dst, reduce_op, out=output)
+
     def _reduce(self, buffer: Tensor, reduce_op: str, dst: int) -> None:
         if buffer.numel():
             self.comm.reduce(buffer, dst, reduce_op, out=buffer)
@@ -108,6 +117,11 @@ class LibraryTransport(FlatTransport):
     def _reduce_scatter(self, recv: Tensor, send: Tensor, reduce_op: str) -> None:
         if recv.numel():
             self.comm.reduce_scatter(recv.view(-1), send.view(-1), reduce_op)
+
+    def broadcast(self, output: Tensor, input_: Tensor, src: int) -> None:
+        if self.comm.rank == src:
+            output.copy_(input_)
+        super().broadcast(output, input_, src)
 
     def _broadcast(self, buffer: Tensor, src: int) -> None:
         if buffer.numel():

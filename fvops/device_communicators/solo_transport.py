@@ -39,17 +39,16 @@ class SoloTransport(FlatTransport):
         if outputs is not None:
             outputs[0].copy_(input_)
 
-    def all_reduce(self, output: Tensor, input_: Tensor, reduce_op: str) -> None:
-        output.copy_(input_)
+    # The output of these is from `like`: it holds the input already.
 
-    def reduce(self, output: Tensor, input_: Tensor, reduce_op: str, dst: int) -> None:
-        output.copy_(input_)
+    def all_reduce(self, output: Tensor, input_: Tensor, reduce_op: str) -> None: ...
+
+    def reduce(self, output: Tensor, input_: Tensor, reduce_op: str, dst: int) -> None: ...
 
     def reduce_scatter(self, output: Tensor, inputs: Tensor, reduce_op: str) -> None:
         output.copy_(inputs[0])
 
-    def broadcast(self, output: Tensor, input_: Tensor, src: int) -> None:
-        output.copy_(input_)
+    def broadcast(self, output: Tensor, input_: Tensor, src: int) -> None: ...
 
     def barrier(self) -> None:
         """Everybody is here."""

@@ -110,6 +110,10 @@ class ShmTransport:
                 return tensor
         return torch.empty(tuple(shape), dtype=dtype)
 
+    def like(self, input: Tensor) -> Tensor:
+        """`empty` for a result of the input's shape and dtype."""
+        return self.empty(input.shape, input.dtype)
+
     def exchange(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
         """All to all: ``inputs[t][j]`` goes to place j, ``outputs[t][j]`` comes from it, for each tensor t.
 
