@@ -1,0 +1,15 @@
+"""PyHcclCommunicator over a double of HCCL that works between processes on host memory and checks what it is handed."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.doubles.suite import LibrarySuite
+
+
+class TestPyHccl(LibrarySuite):
+    which = "hccl"
+    reduced = (
+        torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.bfloat16
+    )  # fmt: skip
+    no_product = (torch.int16, torch.bfloat16)
