@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tests.doubles.fault_suite import FaultSuite
 from tests.doubles.suite import LibrarySuite
 
 
@@ -13,3 +14,7 @@ class TestPyHccl(LibrarySuite):
         torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.bfloat16
     )  # fmt: skip
     no_product = (torch.int16, torch.bfloat16)
+
+
+class TestPyHcclFaults(FaultSuite):
+    which = "hccl"

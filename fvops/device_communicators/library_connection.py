@@ -258,7 +258,7 @@ class LibraryConnection(ABC):
         self._watchdog.raise_if_broken(op)
         for what, tensor in tensors.items():
             check_buffer(op, self.group_name, what, tensor, self.device)
-        stream = self._streams.resolve(stream)
+        stream = self._streams.resolve(op, self.group_name, stream)
         self._streams.keep(stream, *tensors.values())
         if self._group_depth:
             self._group_keeps.extend(tensors.values())  # their addresses are used when the group ends
