@@ -70,7 +70,9 @@ def header(nccl: NCCLLibrary) -> Path:
 def cuda_headers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As much of CUDA's headers as nccl.h names."""
     folder = tmp_path_factory.mktemp("cuda")
-    (folder / "cuda_runtime.h").write_text("typedef struct CUstream_st* cudaStream_t;\n")
+    (folder / "cuda_runtime.h").write_text(
+        "typedef struct CUstream_st* cudaStream_t;\ntypedef struct CUevent_st* cudaEvent_t;\n"
+    )
     for name in ("cuda_fp16.h", "cuda_bf16.h", "cuda_fp8.h"):
         (folder / name).write_text("")
     return folder

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from fvops.device_communicators import library_connection
-from fvops.device_communicators.library_loading import LibraryNotFoundError
+from fvops.device_communicators.library_loading import LibraryError, LibraryNotFoundError
 from fvops.device_communicators.pyhccl import PyHcclCommunicator
 from fvops.device_communicators.pyhccl_wrapper import HCCLLibrary
 from fvops.device_communicators.pynccl import PyNcclCommunicator
@@ -95,6 +96,21 @@ def test_destroying_inside_a_group_is_refused(which: str) -> None:
     with pytest.raises(RuntimeError, match="a group is open"):
         comm.destroy()
     comm.group_end()
+    comm.destroy()
+
+
+def test_a_group_that_breaks_while_it_is_open_is_closed_by_the_next_call() -> None:
+    path = build("nccl_double")
+    comm = PyNcclCommunicator(Alone(), "cpu", path, allow_single_rank=True, group_name="mine")
+    comm.group_start()
+    bodies.double(path).double_fault(b"ncclSend", 1, 3, 4)  # an asynchronous error
+    comm.send(torch.ones(3), 0)
+    while not comm.broken:
+        threading.Event().wait(0.01)
+    with pytest.raises(RuntimeError, match=r"fvops.pynccl.recv on group 'mine': .* injected asynchronous error"):
+        comm.recv(torch.ones(3), 0)
+    with pytest.raises(LibraryError, match="without ncclGroupStart"):
+        comm.nccl.group_end()
     comm.destroy()
 
 

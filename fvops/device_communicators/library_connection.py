@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +21,6 @@ from fvops.device_communicators.library_loading import CommunicationLibrary, Lib
 from fvops.device_communicators.library_streams import Streams, let_thread_query_during_capture
 from fvops.device_communicators.library_watchdog import BrokenCommunicatorError, Watchdog, bounded
 from fvops.logger import init_logger
-from fvops.reduce_op import reduce_op_name
 
 __all__ = ["LibraryConnection"]
 
@@ -40,6 +39,7 @@ class LibraryConnection(ABC):
         device: where the tensors live: an index, a torch.device or its name; None is the local rank's.
         library_path: the library to load; default: see `library_loading`.
         allow_single_rank: also communicate with oneself.
+        group_name: the group's name in messages; default: the process group's own.
 
     Attributes:
         rank, world_size, group, device: as above.
@@ -55,7 +55,6 @@ class LibraryConnection(ABC):
     NAME: ClassVar[str]  # of the module, for messages
     BACKEND: ClassVar[str]  # torch.distributed's name of the library
     DEVICE_TYPE: ClassVar[str]
-    DTYPES: ClassVar[Mapping[torch.dtype, int]]  # the library's numbers
     ID_BYTES: ClassVar[int]
 
     library: Any  # the NCCLLibrary or HCCLLibrary, once it is loaded
@@ -67,8 +66,9 @@ class LibraryConnection(ABC):
         library_path: str | None = None,
         *,
         allow_single_rank: bool = False,
+        group_name: str | None = None,
     ) -> None:
-        bootstrap = Bootstrap(group, self.BACKEND)
+        bootstrap = Bootstrap(group, self.BACKEND, group_name)
         self.group = bootstrap.group
         self.rank, self.world_size, self.group_name = bootstrap.rank, bootstrap.world_size, bootstrap.name
         self.device = self._device(device)
@@ -118,10 +118,6 @@ class LibraryConnection(ABC):
     @abstractmethod
     def _finish(self) -> None:
         """Flush and free the communicator; may wait."""
-
-    @abstractmethod
-    def _native(self, dtype: torch.dtype, reduce_op: str) -> tuple[int, int] | None:
-        """The library's numbers of a dtype and a reduction, None where it does not have them together."""
 
     def _all_have_library(self, bootstrap: Bootstrap, path: str | None) -> bool:
         failure = ""
@@ -174,10 +170,6 @@ class LibraryConnection(ABC):
         """Was it aborted?"""
         return self._watchdog.reason is not None
 
-    def reduces(self, dtype: torch.dtype, op: Any = dist.ReduceOp.SUM) -> bool:
-        """Can the library itself reduce this dtype so? What it cannot is refused, data movers take every dtype."""
-        return self._native(dtype, reduce_op_name(op)) is not None
-
     def destroy(self, deadline_s: float | None = None) -> None:
         """Flush and free the communicator; after `deadline_s` seconds (default: its deadline) it is aborted instead.
 
@@ -194,18 +186,19 @@ class LibraryConnection(ABC):
         if not self.disabled:
             self._why_disabled = "it was destroyed"
         self.disabled, self.available = True, False
+        self._watchdog.stop()
         if self.comm is None:
-            self._watchdog.stop()
             return
         limit = self._watchdog.deadline_s if deadline_s is None else deadline_s
+        # Broken, but its thread has not come to aborting it; who takes the handle first does.
+        end = self._abort if self.broken else self._finish
         try:
-            if not bounded(f"end of {self.group_name}", self._finish, limit):
+            if not bounded(f"end of {self.group_name}", end, limit):
                 self._watchdog.break_with(
                     f"{self.NAME}.destroy on group {self.group_name!r} was not done within {limit:g} s"
                 )
         except LibraryError as error:
             self._watchdog.break_with(f"{self.NAME}.destroy on group {self.group_name!r} failed: {error}")
-        self._watchdog.stop()
 
     # What all methods go through
 
@@ -255,7 +248,7 @@ class LibraryConnection(ABC):
         op = f"{self.NAME}.{op}"
         if self.disabled:
             raise RuntimeError(f"{where(op, self.group_name)}: the communicator is disabled: {self._why_disabled}")
-        self._watchdog.raise_if_broken(op)
+        self._refuse_if_broken(op)
         for what, tensor in tensors.items():
             check_buffer(op, self.group_name, what, tensor, self.device)
         stream = self._streams.resolve(op, self.group_name, stream)
@@ -263,6 +256,11 @@ class LibraryConnection(ABC):
         if self._group_depth:
             self._group_keeps.extend(tensors.values())  # their addresses are used when the group ends
         return op, stream
+
+    def _refuse_if_broken(self, op: str) -> None:
+        if self._watchdog.reason is not None:
+            self._leave_groups()  # the abort waits for an open group
+            self._watchdog.raise_if_broken(op)
 
     def _device(self, device: int | str | torch.device | None) -> torch.device:
         if device is None:

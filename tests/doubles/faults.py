@@ -148,9 +148,12 @@ _CALLS: dict[str, Callable[[Scene], None]] = {
 
 def in_life(which: str, path: str, scene: str, culprit: int) -> tuple[str, Any]:
     """Run a scene about the beginning or the end of a communicator."""
-    os.environ["HCCL_CONNECT_TIMEOUT"] = "4"  # HCCL's initialisation cannot be aborted: the thread left behind ends
+    os.environ["HCCL_CONNECT_TIMEOUT"] = "2"
     s = Scene(which, path, culprit)
     result = _LIVES[scene](s)
+    for thread in threading.enumerate():  # HCCL's initialisation cannot be aborted: it ends at its own time limit
+        if thread.name.startswith("start of "):
+            thread.join(20)
     s.meet()
     return result
 
