@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
+import pytest
 import torch
 
 from tests.doubles.fault_suite import FaultSuite
 from tests.doubles.suite import LibrarySuite
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the doubles stand on Linux futexes")
 
 
 class TestPyHccl(LibrarySuite):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
+import pytest
 import torch
 
 from tests.doubles import faults
 from tests.doubles.fault_suite import LATE, FaultSuite, check_story
 from tests.doubles.suite import LibrarySuite
 from tests.harness import Ranks
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the doubles stand on Linux futexes")
 
 
 class TestPyNccl(LibrarySuite):

@@ -25,6 +25,8 @@ from tests.doubles import bodies
 from tests.doubles.build import build
 from tests.harness import Ranks
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the doubles stand on Linux futexes")
+
 KINDS = {"nccl": PyNcclCommunicator, "hccl": PyHcclCommunicator}
 LIBRARIES = {"nccl": NCCLLibrary, "hccl": HCCLLibrary}
 both = pytest.mark.parametrize("which", ["nccl", "hccl"])
@@ -71,6 +73,10 @@ def test_one_rank_with_itself(which: str) -> None:
     comm = KINDS[which](Alone(), "cpu", build(f"{which}_double"), allow_single_rank=True)
     assert (comm.available, comm.disabled, comm.broken, comm.abort_reason) == (True, False, False, None)
     assert len(comm.unique_id or b"") == {"nccl": 128, "hccl": 4108}[which]
+    if which == "nccl":
+        assert (comm.nccl.comm_count(comm.comm), comm.nccl.comm_user_rank(comm.comm)) == (1, 0)
+    else:
+        assert (comm.hccl.get_rank_size(comm.comm), comm.hccl.get_rank_id(comm.comm)) == (1, 0)
     x, y = torch.arange(6.0).reshape(3, 2), torch.empty(3, 2)
     assert torch.equal(comm.all_reduce(x), x)
     for call in (comm.all_gather, comm.reduce_scatter, comm.all_to_all_single):
@@ -202,6 +208,27 @@ def test_a_process_group_of_the_library_itself_is_refused(two_ranks: Ranks, whic
     for text in two_ranks.run(_over_its_own_backend, which):
         assert text.startswith("ValueError: needs a process group for CPU tensors")
         assert which in text
+
+
+def _default_group(which: str, path: str) -> tuple[int, int, str, list[float]]:
+    comm = KINDS[which](None, "cpu", path)
+    library = comm.library
+    asked = (
+        (library.comm_user_rank, library.comm_count)
+        if which == "nccl"
+        else (library.get_rank_id, library.get_rank_size)
+    )
+    rank, size = (ask(comm.comm) for ask in asked)
+    result = comm.all_reduce(torch.tensor([1.0, comm.rank])).tolist()
+    same = comm.group_name == dist.group.WORLD.group_name
+    comm.destroy()
+    return rank, size, str(same), result
+
+
+@both
+def test_no_group_means_the_default_one(which: str) -> None:
+    for rank, told in enumerate(Ranks.get(3).run(_default_group, which, build(f"{which}_double"))):
+        assert told == (rank, 3, "True", [3.0, 3.0])
 
 
 def _pairs(which: str, path: str) -> list[float]:

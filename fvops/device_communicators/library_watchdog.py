@@ -3,7 +3,8 @@
 Each call is noted before it starts and struck off when it returns; on an accelerator an event marks when the device is
 done with it. A daemon thread, started at the first call, looks at both. What is overdue, or an error that the library
 reports outside a call, breaks the communicator: the thread aborts it, which wakes the blocked call, and that call and
-all later ones raise `BrokenCommunicatorError`.
+all later ones raise `BrokenCommunicatorError`. Calls that are being captured into a CUDA graph have no event, and what
+a replayed graph does is not watched.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Every job has a deadline far below what a hang would take; nothing is asserted a
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
 
 import pytest
@@ -91,6 +92,7 @@ def check_story(which: str, story: dict[str, Any], op: str, words: str, rank: in
         assert story["text"].startswith(f"BrokenCommunicatorError: fvops.py{which}.{op}"), (rank, story)
         assert " on group '" in story["text"], (rank, story)
         assert words in story["text"], (rank, story)
+        assert re.search(r"call \d+, deadline 1.5 s: ", story["text"]) or "asynchronous" in words, (rank, story)
         assert story["broken"], (rank, story)
         assert words in story["reason"], (rank, story)
         # Every later call says so too, under its own name.
