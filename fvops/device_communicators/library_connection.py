@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -56,6 +57,7 @@ class LibraryConnection(ABC):
     BACKEND: ClassVar[str]  # torch.distributed's name of the library
     DEVICE_TYPE: ClassVar[str]
     ID_BYTES: ClassVar[int]
+    FINE: ClassVar[tuple[int, ...]]  # states of a communicator that are no errors
 
     library: Any  # the NCCLLibrary or HCCLLibrary, once it is loaded
 
@@ -77,6 +79,8 @@ class LibraryConnection(ABC):
         self.available, self.disabled = False, True
         self._why_disabled = "it has one rank"
         self._streams = Streams(self.device)
+        # Held while the library is asked about the communicator, so that nobody ends it in that moment.
+        self._asking = threading.Lock()
         self._group_depth = 0
         self._group_keeps: list[Tensor] = []
         self._group_streams: list[Any] = []
@@ -105,11 +109,8 @@ class LibraryConnection(ABC):
         """The library's communicator; None when not all ranks came within the deadline."""
 
     @abstractmethod
-    def _abort(self) -> None:
-        """End the communicator at once, from any thread; nothing when there is none."""
-
-    @abstractmethod
-    def _async_error(self) -> str | None: ...
+    def _end_now(self, comm: int) -> None:
+        """End the communicator and whatever waits in it."""
 
     @abstractmethod
     def _issue(self, function: Callable[..., Any], stream: int | None, *args: Any) -> None:
@@ -118,6 +119,24 @@ class LibraryConnection(ABC):
     @abstractmethod
     def _finish(self) -> None:
         """Flush and free the communicator; may wait."""
+
+    def _abort(self) -> None:
+        """End the communicator at once, from any thread; nothing when there is none."""
+        with self._asking:
+            comm, self.comm = self.comm, None
+        if comm is not None:
+            try:
+                self._end_now(comm)
+            except LibraryError as error:
+                logger.warning("aborting the communicator of group %r: %s", self.group_name, error)
+
+    def _async_error(self) -> str | None:
+        """What the library says of the communicator outside a call, None while all is well."""
+        with self._asking:
+            if self.comm is None:
+                return None
+            code = self.library.comm_get_async_error(self.comm)
+            return None if code in self.FINE else self.library.describe(code)
 
     def _all_have_library(self, bootstrap: Bootstrap, path: str | None) -> bool:
         failure = ""
