@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two ranks on two cores: more threads in each only fight.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-nccl lint bench clean
 
 demo: $(VENV)/ready
 	@echo "== demo: a Wan transformer, sequence-parallel on 2 CPU ranks, compiled whole"
@@ -18,6 +18,16 @@ test: $(VENV)/ready
 test-slow: $(VENV)/ready
 	@echo "== test-slow: what takes minutes or gigabytes"
 	FVOPS_RANDOM_PROGRAMS=$${FVOPS_RANDOM_PROGRAMS:-200} $(BIN)/python -m pytest -m slow --durations=10
+
+# The wheel's name carries a CUDA version, but nothing here needs CUDA; --no-deps keeps its packages away.
+NCCL := build/nccl/nvidia/nccl/lib/libnccl.so.2
+
+test-nccl: $(VENV)/ready $(NCCL)
+	@echo "== test-nccl: the bindings against the real libnccl and its header; no GPU needed"
+	FVOPS_NCCL_LIBRARY=$(NCCL) $(BIN)/python -m pytest -m nccl tests/test_nccl_library.py
+
+$(NCCL):
+	$(BIN)/python -m pip install --quiet --no-deps --target build/nccl nvidia-nccl-cu12
 
 lint: $(VENV)/ready
 	@echo "== lint: ruff check, ruff format, mypy"

@@ -28,6 +28,7 @@ class Bootstrap:
     Args:
         group: a ProcessGroup that carries CPU tensors, None for the default one, or a `StatelessGroup`.
         refused: the process-group backend that is being replaced and cannot serve itself, ``"nccl"`` or ``"hccl"``.
+        name: what messages call the group; default: its own name.
 
     Raises:
         ValueError: a ProcessGroup of the refused backend.
@@ -35,7 +36,7 @@ class Bootstrap:
         RuntimeError: None, and torch.distributed is not initialised.
     """
 
-    def __init__(self, group: dist.ProcessGroup | StatelessGroup | None, refused: str) -> None:
+    def __init__(self, group: dist.ProcessGroup | StatelessGroup | None, refused: str, name: str | None = None) -> None:
         if group is None:
             if not dist.is_initialized():
                 raise RuntimeError(
@@ -47,10 +48,10 @@ class Bootstrap:
             if dist.get_backend(group) == refused:
                 raise ValueError(f"needs a process group for CPU tensors (gloo) to start from, got a {refused} one")
             self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-            self.name = str(group.group_name)
+            self.name = name or str(group.group_name)
         elif all(hasattr(group, name) for name in ("rank", "world_size", "broadcast_obj")):
             self.rank, self.world_size = group.rank, group.world_size
-            self.name = str(getattr(group, "unique_name", f"stateless of {self.world_size}"))
+            self.name = name or str(getattr(group, "unique_name", f"stateless of {self.world_size}"))
         else:
             raise TypeError(
                 "group must be a ProcessGroup, None, or have rank, world_size and broadcast_obj; "

@@ -7,7 +7,7 @@ CUDA graph could not capture. Every argument is checked before its address is ha
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +33,7 @@ class LibraryCommunicator(LibraryConnection):
     dtype, as bytes where the library has no name for it.
     """
 
+    DTYPES: ClassVar[Mapping[torch.dtype, int]]  # the library's numbers
     HAS_AVG: ClassVar[bool]
 
     def reduces(self, dtype: torch.dtype, op: Any = dist.ReduceOp.SUM) -> bool:
@@ -205,6 +206,6 @@ class LibraryCommunicator(LibraryConnection):
     def _check_group_open(self) -> str:
         op = f"{self.NAME}.group_end"
         if not self._group_depth:
-            self._watchdog.raise_if_broken(op)  # a failure has closed the group, and is what to report
+            self._refuse_if_broken(op)  # a failure has closed the group, and is what to report
             raise RuntimeError(f"{where(op, self.group_name)}: no group is open; call group_start first")
         return op

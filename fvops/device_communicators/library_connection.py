@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,6 @@ from fvops.device_communicators.library_loading import CommunicationLibrary, Lib
 from fvops.device_communicators.library_streams import Streams, let_thread_query_during_capture
 from fvops.device_communicators.library_watchdog import BrokenCommunicatorError, Watchdog, bounded
 from fvops.logger import init_logger
-from fvops.reduce_op import reduce_op_name
 
 __all__ = ["LibraryConnection"]
 
@@ -40,6 +40,7 @@ class LibraryConnection(ABC):
         device: where the tensors live: an index, a torch.device or its name; None is the local rank's.
         library_path: the library to load; default: see `library_loading`.
         allow_single_rank: also communicate with oneself.
+        group_name: the group's name in messages; default: the process group's own.
 
     Attributes:
         rank, world_size, group, device: as above.
@@ -55,8 +56,8 @@ class LibraryConnection(ABC):
     NAME: ClassVar[str]  # of the module, for messages
     BACKEND: ClassVar[str]  # torch.distributed's name of the library
     DEVICE_TYPE: ClassVar[str]
-    DTYPES: ClassVar[Mapping[torch.dtype, int]]  # the library's numbers
     ID_BYTES: ClassVar[int]
+    FINE: ClassVar[tuple[int, ...]]  # states of a communicator that are no errors
 
     library: Any  # the NCCLLibrary or HCCLLibrary, once it is loaded
 
@@ -67,8 +68,9 @@ class LibraryConnection(ABC):
         library_path: str | None = None,
         *,
         allow_single_rank: bool = False,
+        group_name: str | None = None,
     ) -> None:
-        bootstrap = Bootstrap(group, self.BACKEND)
+        bootstrap = Bootstrap(group, self.BACKEND, group_name)
         self.group = bootstrap.group
         self.rank, self.world_size, self.group_name = bootstrap.rank, bootstrap.world_size, bootstrap.name
         self.device = self._device(device)
@@ -77,6 +79,8 @@ class LibraryConnection(ABC):
         self.available, self.disabled = False, True
         self._why_disabled = "it has one rank"
         self._streams = Streams(self.device)
+        # Held while the library is asked about the communicator, so that nobody ends it in that moment.
+        self._asking = threading.Lock()
         self._group_depth = 0
         self._group_keeps: list[Tensor] = []
         self._group_streams: list[Any] = []
@@ -105,11 +109,8 @@ class LibraryConnection(ABC):
         """The library's communicator; None when not all ranks came within the deadline."""
 
     @abstractmethod
-    def _abort(self) -> None:
-        """End the communicator at once, from any thread; nothing when there is none."""
-
-    @abstractmethod
-    def _async_error(self) -> str | None: ...
+    def _end_now(self, comm: int) -> None:
+        """End the communicator and whatever waits in it."""
 
     @abstractmethod
     def _issue(self, function: Callable[..., Any], stream: int | None, *args: Any) -> None:
@@ -119,9 +120,23 @@ class LibraryConnection(ABC):
     def _finish(self) -> None:
         """Flush and free the communicator; may wait."""
 
-    @abstractmethod
-    def _native(self, dtype: torch.dtype, reduce_op: str) -> tuple[int, int] | None:
-        """The library's numbers of a dtype and a reduction, None where it does not have them together."""
+    def _abort(self) -> None:
+        """End the communicator at once, from any thread; nothing when there is none."""
+        with self._asking:
+            comm, self.comm = self.comm, None
+        if comm is not None:
+            try:
+                self._end_now(comm)
+            except LibraryError as error:
+                logger.warning("aborting the communicator of group %r: %s", self.group_name, error)
+
+    def _async_error(self) -> str | None:
+        """What the library says of the communicator outside a call, None while all is well."""
+        with self._asking:
+            if self.comm is None:
+                return None
+            code = self.library.comm_get_async_error(self.comm)
+            return None if code in self.FINE else self.library.describe(code)
 
     def _all_have_library(self, bootstrap: Bootstrap, path: str | None) -> bool:
         failure = ""
@@ -179,10 +194,6 @@ class LibraryConnection(ABC):
         """Was it aborted?"""
         return self._watchdog.reason is not None
 
-    def reduces(self, dtype: torch.dtype, op: Any = dist.ReduceOp.SUM) -> bool:
-        """Can the library itself reduce this dtype so? What it cannot is refused, data movers take every dtype."""
-        return self._native(dtype, reduce_op_name(op)) is not None
-
     def destroy(self, deadline_s: float | None = None) -> None:
         """Flush and free the communicator; after `deadline_s` seconds (default: its deadline) it is aborted instead.
 
@@ -199,18 +210,19 @@ class LibraryConnection(ABC):
         if not self.disabled:
             self._why_disabled = "it was destroyed"
         self.disabled, self.available = True, False
+        self._watchdog.stop()
         if self.comm is None:
-            self._watchdog.stop()
             return
         limit = self._watchdog.deadline_s if deadline_s is None else deadline_s
+        # Broken, but its thread has not come to aborting it; who takes the handle first does.
+        end = self._abort if self.broken else self._finish
         try:
-            if not bounded(f"end of {self.group_name}", self._finish, limit):
+            if not bounded(f"end of {self.group_name}", end, limit):
                 self._watchdog.break_with(
                     f"{self.NAME}.destroy on group {self.group_name!r} was not done within {limit:g} s"
                 )
         except LibraryError as error:
             self._watchdog.break_with(f"{self.NAME}.destroy on group {self.group_name!r} failed: {error}")
-        self._watchdog.stop()
 
     # What all methods go through
 
@@ -260,14 +272,19 @@ class LibraryConnection(ABC):
         op = f"{self.NAME}.{op}"
         if self.disabled:
             raise RuntimeError(f"{where(op, self.group_name)}: the communicator is disabled: {self._why_disabled}")
-        self._watchdog.raise_if_broken(op)
+        self._refuse_if_broken(op)
         for what, tensor in tensors.items():
             check_buffer(op, self.group_name, what, tensor, self.device)
-        stream = self._streams.resolve(stream)
+        stream = self._streams.resolve(op, self.group_name, stream)
         self._streams.keep(stream, *tensors.values())
         if self._group_depth:
             self._group_keeps.extend(tensors.values())  # their addresses are used when the group ends
         return op, stream
+
+    def _refuse_if_broken(self, op: str) -> None:
+        if self._watchdog.reason is not None:
+            self._leave_groups()  # the abort waits for an open group
+            self._watchdog.raise_if_broken(op)
 
     def _device(self, device: int | str | torch.device | None) -> torch.device:
         if device is None:

@@ -80,9 +80,10 @@ class CommunicationLibrary:
     def _call(self, function: str, *args: Any) -> None:
         code = self._functions[function](*args)
         if code:
-            raise LibraryError(function, code, self._describe(code))
+            raise LibraryError(function, code, self.describe(code))
 
-    def _describe(self, code: int) -> str:
+    def describe(self, code: int) -> str:
+        """What a result means, with whatever more the library has to say about it."""
         raise NotImplementedError
 
     def _text(self, function: str, *args: Any) -> str:

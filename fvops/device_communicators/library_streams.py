@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fvops.checks import where
 from fvops.device_communicators.library_loading import loaded_library
 
 __all__ = ["Streams", "let_thread_query_during_capture"]
@@ -27,7 +28,7 @@ class Streams:
         self.asynchronous = device.type != "cpu"
         self._runtime: Any = getattr(torch, device.type) if self.asynchronous else None
 
-    def resolve(self, stream: Any) -> Any:
+    def resolve(self, op: str, group_name: str, stream: Any) -> Any:
         """The stream to work on: `stream`, the current one for None; None on CPU.
 
         Raises:
@@ -35,12 +36,13 @@ class Streams:
         """
         if not self.asynchronous:
             if stream is not None:
-                raise TypeError(f"a communicator on {self.device} takes no stream, got {stream!r}")
+                raise TypeError(f"{where(op, group_name)}: calls on {self.device} take no stream, got {stream!r}")
             return None
         if stream is None:
             return self._runtime.current_stream(self.device)
         if not hasattr(stream, f"{self.device.type}_stream"):
-            raise TypeError(f"stream must be a torch.{self.device.type}.Stream or None, got {type(stream).__name__}")
+            kind = f"torch.{self.device.type}.Stream"
+            raise TypeError(f"{where(op, group_name)}: stream must be a {kind} or None, got {type(stream).__name__}")
         return stream
 
     def handle(self, stream: Any) -> int | None:

@@ -3,7 +3,8 @@
 Each call is noted before it starts and struck off when it returns; on an accelerator an event marks when the device is
 done with it. A daemon thread, started at the first call, looks at both. What is overdue, or an error that the library
 reports outside a call, breaks the communicator: the thread aborts it, which wakes the blocked call, and that call and
-all later ones raise `BrokenCommunicatorError`.
+all later ones raise `BrokenCommunicatorError`. Calls that are being captured into a CUDA graph have no event, and what
+a replayed graph does is not watched.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from fvops.checks import where
 from fvops.device_communicators.library_loading import LibraryError
@@ -32,8 +32,7 @@ class BrokenCommunicatorError(RuntimeError):
     """A call failed or was late, now or earlier, and the communicator was aborted."""
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A call by its name and number; `started` is on the monotonic clock, in seconds."""
 
     op: str
@@ -133,8 +132,9 @@ class Watchdog:
             logger.warning("aborting the communicator of group %r took more than its deadline", self._group_name)
 
     def stop(self) -> None:
-        """End the thread; what is under way is no longer watched."""
-        self._stopped.set()
+        """End the thread; what is under way is no longer watched. `reason` changes afterwards by `break_with` only."""
+        with self._one_reason:
+            self._stopped.set()
 
     def _start(self) -> None:
         self._thread = threading.Thread(target=self._watch, name=f"fvops watchdog of {self._group_name}", daemon=True)
@@ -173,7 +173,7 @@ class Watchdog:
     def _break_from_outside(self, reason: str) -> None:
         """Break it while another thread may be in a call: one that is not late itself gets to return first."""
         with self._one_reason:
-            if self.reason is not None:
+            if self.reason is not None or self._stopped.is_set():
                 return
             self.reason = reason
         logger.error("%s", reason)

@@ -7,18 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fvops.checks import where
+from fvops.device_communicators.library_bootstrap import StatelessGroup
 from fvops.device_communicators.library_communicator import LibraryCommunicator
-from fvops.device_communicators.library_loading import LibraryError
 from fvops.device_communicators.library_watchdog import bounded
 from fvops.device_communicators.pyhccl_wrapper import DTYPES, REDUCTIONS, HCCLLibrary, Transfer
-from fvops.logger import init_logger
 
 __all__ = ["PyHcclCommunicator"]
-
-logger = init_logger(__name__)
 
 # What HCCL's documentation lets be reduced on Atlas A2 and A3, and the exceptions for products.
 _REDUCED = (
@@ -43,13 +41,20 @@ class PyHcclCommunicator(LibraryCommunicator):
     DEVICE_TYPE = "npu"
     DTYPES = DTYPES
     ID_BYTES = 4108
+    FINE = (0,)
     HAS_AVG = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Held while HCCL is asked about the communicator, so that nobody ends it in that moment.
-        self._asking = threading.Lock()
-        self._batch: list[tuple[Tensor, int, bool]] = []
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        group: dist.ProcessGroup | StatelessGroup | None = None,
+        device: int | str | torch.device | None = None,
+        library_path: str | None = None,
+        *,
+        allow_single_rank: bool = False,
+        group_name: str | None = None,
+    ) -> None:
+        self._batch: list[tuple[Tensor, int, bool]] = []  # tensor, peer, is it a send
+        super().__init__(group, device, library_path, allow_single_rank=allow_single_rank, group_name=group_name)
 
     @property
     def hccl(self) -> HCCLLibrary:
@@ -126,21 +131,8 @@ class PyHcclCommunicator(LibraryCommunicator):
         given_up.set()
         return None
 
-    def _abort(self) -> None:
-        with self._asking:
-            comm, self.comm = self.comm, None
-        if comm is not None:
-            try:
-                self.hccl.comm_destroy(comm)
-            except LibraryError as error:
-                logger.warning("group %r: %s", self.group_name, error)
-
-    def _async_error(self) -> str | None:
-        with self._asking:
-            if self.comm is None:
-                return None
-            code = self.hccl.comm_get_async_error(self.comm)
-            return None if code == 0 else self.hccl.get_error_string(code)
+    def _end_now(self, comm: int) -> None:
+        self.hccl.comm_destroy(comm)
 
     def _issue(self, function: Callable[..., Any], stream: int | None, *args: Any) -> None:
         function(*args, self.comm, stream)

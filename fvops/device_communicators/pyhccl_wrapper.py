@@ -206,7 +206,8 @@ class HCCLLibrary(CommunicationLibrary):
         )
         self._call("HcclBatchSendRecv", items, len(transfers), comm, stream)
 
-    def _describe(self, code: int) -> str:
+    def describe(self, code: int) -> str:
+        """The name of a result; HCCL keeps no text of the last error."""
         return self.get_error_string(code)
 
 

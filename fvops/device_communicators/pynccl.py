@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -44,14 +43,8 @@ class PyNcclCommunicator(LibraryCommunicator):
     DEVICE_TYPE = "cuda"
     DTYPES = DTYPES
     ID_BYTES = 128
+    FINE = (0, IN_PROGRESS)
     HAS_AVG = True
-
-    # Held while NCCL is asked about the communicator, so that nobody aborts it in that moment; not during other calls.
-    _asking: threading.Lock
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._asking = threading.Lock()
-        super().__init__(*args, **kwargs)
 
     @property
     def nccl(self) -> NCCLLibrary:
@@ -102,7 +95,7 @@ class PyNcclCommunicator(LibraryCommunicator):
             if code == 0:
                 break
             if code != IN_PROGRESS or time.monotonic() > until:
-                text = self._text_of(code)
+                text = self.nccl.describe(code)
                 self._abort_bounded(comm, deadline_s)
                 if code != IN_PROGRESS:
                     raise LibraryError("ncclCommInitRankConfig", code, text)
@@ -114,21 +107,8 @@ class PyNcclCommunicator(LibraryCommunicator):
         if not bounded(f"abort of {self.group_name}", lambda: self.nccl.comm_abort(comm), deadline_s):
             logger.warning("ncclCommAbort on group %r did not return within %g s", self.group_name, deadline_s)
 
-    def _abort(self) -> None:
-        with self._asking:
-            comm, self.comm = self.comm, None
-        if comm is not None:
-            try:
-                self.nccl.comm_abort(comm)
-            except LibraryError as error:
-                logger.warning("group %r: %s", self.group_name, error)
-
-    def _async_error(self) -> str | None:
-        with self._asking:
-            if self.comm is None:
-                return None
-            code = self.nccl.comm_get_async_error(self.comm)
-            return None if code in (0, IN_PROGRESS) else self._text_of(code)
+    def _end_now(self, comm: int) -> None:
+        self.nccl.comm_abort(comm)
 
     def _issue(self, function: Callable[..., Any], stream: int | None, *args: Any) -> None:
         if function(*args, self.comm, stream) and self._group_depth == 0:
@@ -141,7 +121,7 @@ class PyNcclCommunicator(LibraryCommunicator):
                 if self.comm is None:
                     raise LibraryError("an unfinished nccl call", IN_PROGRESS, "aborted")
                 code = self.nccl.comm_get_async_error(self.comm)
-                text = "" if code in (0, IN_PROGRESS) else self._text_of(code)
+                text = "" if code in self.FINE else self.nccl.describe(code)
             if code == 0:
                 return
             if text:
@@ -156,10 +136,6 @@ class PyNcclCommunicator(LibraryCommunicator):
             self._settle()
         self.nccl.comm_destroy(comm)
         self.comm = None
-
-    def _text_of(self, code: int) -> str:
-        last = self.nccl.get_last_error()
-        return self.nccl.get_error_string(code) + (f" ({last})" if last else "")
 
     def _native(self, dtype: torch.dtype, reduce_op: str) -> tuple[int, int] | None:
         if dtype == torch.bool and reduce_op in ("max", "min", "product"):

@@ -208,14 +208,15 @@ class NCCLLibrary(CommunicationLibrary):
             return False
         if code == IN_PROGRESS:
             return True
-        raise LibraryError(function, code, self._describe(code))
+        raise LibraryError(function, code, self.describe(code))
 
     def _ask(self, function: str, comm: int) -> int:
         value = c_int()
         self._call(function, comm, ctypes.byref(value))
         return value.value
 
-    def _describe(self, code: int) -> str:
+    def describe(self, code: int) -> str:
+        """The name of a result, with the text of the last error."""
         # Not the communicator's: the failed one may be gone, and the text is the process's anyway.
         last = self.get_last_error()
         return self.get_error_string(code) + (f" ({last})" if last else "")

@@ -61,12 +61,12 @@ def build(name: str, defines: Sequence[str] = ()) -> str:
     return str(library)
 
 
-def run_c(source: str, include: str) -> str:
-    """What the C program `source` prints, compiled with `include` on its search path."""
+def run_c(source: str, include: Sequence[str]) -> str:
+    """What the C program `source` prints, compiled with the folders `include` on its search path."""
     with tempfile.TemporaryDirectory() as folder:
         file, program = Path(folder) / "program.c", Path(folder) / "program"
         file.write_text(source)
-        _run([compiler(), f"-I{include}", str(file), "-o", str(program)])
+        _run([compiler(), *(f"-I{place}" for place in include), str(file), "-o", str(program)])
         return subprocess.run([program], capture_output=True, text=True, check=True, timeout=60).stdout
 
 

@@ -209,6 +209,8 @@ EXPORT int HcclAlltoAllV(const void *send, const void *send_counts, const void *
             all[open++] = transfer(c, 0, recv, in_at[peer], in[peer], recv_type, peer, MESSAGE_ALL_TO_ALL_V);
         }
         code = run_transfers(all, open);
+        /* A small message is sent before its receiver has looked: nobody leaves until all have. */
+        if (!code) code = comm_meet(c);
     }
     comm_leave(c);
     return code;
