@@ -48,12 +48,12 @@ def test_what_is_in_order_is_neither_copied_nor_launched_for(monkeypatch: pytest
     monkeypatch.setattr(parts_torch, "copy_parts", refuse)
     x = torch.randn(1, 8, 4, 2)
     view = layout.sequence_by_rank(x, 4)
-    (send,) = pack([view])
+    (send,) = pack([view], backend="torch")
     assert send.data_ptr() == x.data_ptr()
-    unpack([layout.receive_buffer(view)], [view])
+    unpack([layout.receive_buffer(view)], [view], backend="torch")
     assert pack([]) == []
     with pytest.raises(AssertionError, match="nothing was to be copied"):
-        pack([layout.heads_by_rank(x, 4)])
+        pack([layout.heads_by_rank(x, 4)], backend="torch")
 
 
 def test_conjugated_views_are_packed_as_the_values_they_show() -> None:

@@ -38,7 +38,7 @@ class AcceleratorCommunicator(DeviceCommunicatorBase):
         wanted = envs.FVOPS_TRANSPORT
         named = wanted == self.LIBRARY.BACKEND
         if named or (self.world_size > 1 and wanted == "auto"):
-            comm = self.LIBRARY(self.cpu_group, self.device, allow_single_rank=named)
+            comm = self.LIBRARY(self.cpu_group, self.device, allow_single_rank=named, group_name=self.unique_name)
             if comm.available:
                 self.library_comm = comm
                 prefix = f"fvops/lanes/{self.unique_name}/{_common_number(self.cpu_group)}"
