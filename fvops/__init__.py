@@ -44,6 +44,7 @@ from fvops.parallel_state import (
     model_parallel_is_initialized,
 )
 from fvops.utils import (
+    StatelessProcessGroup,
     add_safe_globals,
     compute_padding_for_sp,
     divide,
@@ -55,6 +56,7 @@ from fvops.utils import (
 
 __all__ = [
     "GroupCoordinator",
+    "StatelessProcessGroup",
     "__version__",
     "add_safe_globals",
     "cleanup_dist_env_and_memory",

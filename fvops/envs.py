@@ -48,6 +48,9 @@ VARIABLES: dict[str, Variable] = {
     "FVOPS_SHM_SEGMENT_MB": Variable(
         _megabytes, 256, "most shared memory that each rank of a group on one node uses for results, MB (2**20 bytes)"
     ),
+    "FVOPS_MAX_OBJECT_MB": Variable(
+        _megabytes, 4096, "largest object, or tensors of one dictionary, accepted from another rank, MB (2**20 bytes)"
+    ),
     "FVOPS_LOG_LEVEL": Variable(
         _log_level, None, "when set, the 'fvops' logger prints to stderr at this level; unset: no handler is installed"
     ),

@@ -16,11 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fvops import checks, envs, objects, ops, registry
+from fvops import checks, envs, ops, registry
 from fvops.device_communicators.base_device_communicator import DeviceCommunicatorBase
 from fvops.device_communicators.choice import build_communicator
 from fvops.device_communicators.roll_call import RollCall
+from fvops.device_communicators.shm_broadcast import MessageQueue
 from fvops.graph_capture import capture_on_side_stream
+from fvops.group_objects import GroupObjects
 from fvops.logger import init_logger
 from fvops.platforms import local_torch_device
 from fvops.reduce_op import reduce_op_name
@@ -30,6 +32,8 @@ __all__ = ["GroupCoordinator", "destroy_all_groups"]
 
 logger = init_logger(__name__)
 
+# Bytes and number of the message queue's chunks: control messages fit into one, larger objects take several.
+_QUEUE_SIZES = (256 << 10, 8)
 # Every group of this process that was not destroyed, for `destroy_all_groups`.
 _live: list[GroupCoordinator] = []
 
@@ -40,7 +44,7 @@ def destroy_all_groups() -> None:
         group.destroy()
 
 
-class GroupCoordinator:
+class GroupCoordinator(GroupObjects):
     """The group, out of `group_ranks`, that this process is in. Collective: every rank of the world makes it alike.
 
     Args:
@@ -48,7 +52,8 @@ class GroupCoordinator:
         local_rank: this process's place on its node; picks the device.
         torch_distributed_backend: backend of the device group, e.g. "gloo" or "nccl".
         use_device_communicator: build a device communicator (for more than one rank).
-        use_message_queue_broadcaster: accepted; message queues are not implemented yet, objects go over the CPU group.
+        use_message_queue_broadcaster: build a `MessageQueue` (for more than one rank), over which place 0 broadcasts
+            objects.
         group_name: what `unique_name` starts with; default "anonymous".
         device: where the group's tensors live; default CPU for gloo, else this rank's accelerator.
 
@@ -81,6 +86,8 @@ class GroupCoordinator:
                 device_group, cpu_group = new_device_group, new_cpu_group
         owned_groups = [device_group, cpu_group]
         self._setup(local_rank, device_group, cpu_group, use_device_communicator, group_name, device, owned_groups)
+        if use_message_queue_broadcaster and self.world_size > 1:
+            self.mq_broadcaster = MessageQueue.create_from_process_group(cpu_group, *_QUEUE_SIZES)
 
     def _setup(
         self,
@@ -105,7 +112,6 @@ class GroupCoordinator:
         self.device = device
         self.use_device_communicator = use_device_communicator
         self.use_custom_op_call = True
-        self.mq_broadcaster: Any = None
         self.unique_name = registry.agree_on_name(group_name or "anonymous", self._agree_on_max)
         self._owned_groups = owned_groups
         communicator = build_communicator(cpu_group, self.device, device_group, self.unique_name)
@@ -287,30 +293,6 @@ class GroupCoordinator:
         """Return once every rank has called this. Over the CPU group: not capturable in a CUDA graph."""
         ops.barrier(self)
 
-    # --- objects
-
-    def broadcast_object(self, obj: Any | None = None, src: int = 0) -> Any:
-        """`obj` of place `src`, on every rank. See `fvops.utils.add_safe_globals` for what may travel."""
-        registry.resolve(self.unique_name, self.world_size)
-        checks.check_place("broadcast_object", self.unique_name, "src", src, self.world_size)
-        if self.world_size == 1:
-            return obj
-        return objects.broadcast([obj], self.ranks[src], self.cpu_group)[0]
-
-    def broadcast_object_list(
-        self, obj_list: list[Any], src: int = 0, group: dist.ProcessGroup | None = None
-    ) -> list[Any]:
-        """Replace the items of `obj_list`, in place, by those of place `src`, and return it.
-
-        Args:
-            group: process group to send over; default the CPU group.
-        """
-        registry.resolve(self.unique_name, self.world_size)
-        checks.check_place("broadcast_object_list", self.unique_name, "src", src, self.world_size)
-        if self.world_size > 1:
-            obj_list[:] = objects.broadcast(obj_list, self.ranks[src], self.cpu_group if group is None else group)
-        return obj_list
-
     def graph_capture(self, graph_capture_context: Any | None = None) -> AbstractContextManager[Any]:
         """A context whose stream is the current one inside, for ``torch.cuda.graph(g, stream=context.stream)``.
 
@@ -340,6 +322,7 @@ class GroupCoordinator:
         if self._communicator is None:
             return
         registry.unregister(self.unique_name)
+        self._close_objects()
         self._communicator.destroy()
         self._communicator = self.device_communicator = None
         for group in self._owned_groups:

@@ -1,16 +1,55 @@
-"""Python objects over a process group, as `serialization` encodes them."""
+"""Python objects over a process group, as `serialization` encodes them: a header, then the bytes.
+
+What cannot be encoded is told to the receivers, in the object's place: they are on their way to wait for it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fvops.serialization import decode, encode
+from fvops.device_communicators.pending_sends import PendingSends
+from fvops.serialization import check_size, decode, encode
 
-__all__ = ["broadcast"]
+__all__ = ["Message", "broadcast", "broadcast_message", "naming", "pack", "recv_message", "send_message"]
+
+# Apart from the tensors that `send` may have under way over the same process group.
+TAG = 1
+# How much of a failure's text is told.
+_MOST_TEXT = 2000
+
+
+@dataclass
+class Message:
+    """An encoded object, or why there is none.
+
+    Attributes:
+        data: its bytes, or the failure's text.
+        failure: the exception that encoding raised, on the sender.
+    """
+
+    data: bytearray
+    failure: Exception | None = None
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """The header ``[bytes, failed]`` and the bytes."""
+        data = torch.empty(0, dtype=torch.uint8) if not self.data else torch.frombuffer(self.data, dtype=torch.uint8)
+        return torch.tensor([data.numel(), self.failure is not None]), data
+
+
+def pack(obj: Any, beside: list[Tensor] | None = None) -> Message:
+    """`obj` encoded (see `encode`); never raises, the failure is in the message."""
+    try:
+        return Message(encode(obj, beside))
+    except Exception as error:
+        # Whatever an object's own code raises: the others are waiting, and get the reason in the object's place.
+        return Message(bytearray(f"{type(error).__name__}: {error}"[:_MOST_TEXT].encode()), error)
 
 
 def broadcast(objects: list[Any], src: int, group: dist.ProcessGroup) -> list[Any]:
@@ -18,30 +57,75 @@ def broadcast(objects: list[Any], src: int, group: dist.ProcessGroup) -> list[An
 
     Raises:
         TypeError: the sender cannot encode them; every rank raises, with the sender's reason (on the sender it is
-            the exception itself).
+            the exception itself). Or this rank has not allowed a class in them.
+        ValueError: what came is damaged, or too large.
     """
-    sending = dist.get_rank() == src
-    failure: Exception | None = None
-    data = torch.empty(0, dtype=torch.uint8)
-    if sending:
-        try:
-            data = encode(objects)
-        except Exception as error:
-            # Whatever an object's own code raises: the others are waiting, and get the reason in the object's place.
-            failure, data = error, _text_to_bytes(f"{type(error).__name__}: {error}")
-    header = torch.tensor([data.numel(), failure is not None])
-    dist.broadcast(header, src=src, group=group)
-    if not sending:
-        data = torch.empty(int(header[0]), dtype=torch.uint8)
-    dist.broadcast(data, src=src, group=group)
-    if failure is not None:
-        raise failure
-    if sending:
+    if dist.get_rank() == src:
+        broadcast_message(pack(objects), src, group)
         return objects
+    received = decode(broadcast_message(None, src, group))
+    if type(received) is not list:
+        raise ValueError(f"global rank {src} sent a {type(received).__name__} where a list of objects was due")
+    return received
+
+
+def broadcast_message(message: Message | None, src: int, group: dist.ProcessGroup) -> bytearray:
+    """The bytes of global rank `src`, on every rank; raises the message's failure there, and TypeError elsewhere."""
+    if message is not None:
+        header, data = message.tensors()
+        dist.broadcast(header, src=src, group=group)
+        dist.broadcast(data, src=src, group=group)
+        if message.failure is not None:
+            raise message.failure
+        return message.data
+    header = torch.zeros(2, dtype=torch.int64)
+    dist.broadcast(header, src=src, group=group)
+    received, data = _room(header, src)
+    dist.broadcast(data, src=src, group=group)
+    return _opened(received, header, src)
+
+
+def send_message(message: Message, dst: int, group: dist.ProcessGroup, sends: PendingSends) -> None:
+    """Send to global rank `dst`, without waiting for it; then raise the message's failure, if it has one."""
+    sends.raise_failure()
+    for part in message.tensors():
+        if part.numel():
+            work: Any = dist.isend(part, dst=dst, group=group, tag=TAG)
+            sends.add(work.wait, part)
+    if message.failure is not None:
+        raise message.failure
+
+
+def recv_message(src: int, group: dist.ProcessGroup) -> bytearray:
+    """The bytes that global rank `src` sends; TypeError when it could not encode its object."""
+    header = torch.zeros(2, dtype=torch.int64)
+    dist.recv(header, src=src, group=group, tag=TAG)
+    received, data = _room(header, src)
+    if data.numel():
+        dist.recv(data, src=src, group=group, tag=TAG)
+    return _opened(received, header, src)
+
+
+@contextlib.contextmanager
+def naming(where: str, ranks: list[int]) -> Iterator[None]:
+    """What the process group raises inside says `where` it was (op and group, peer), and among which global ranks."""
+    try:
+        yield
+    except RecursionError:
+        raise
+    except RuntimeError as error:
+        raise RuntimeError(f"{where} failed among global ranks {ranks}: {error}") from error
+
+
+def _room(header: Tensor, src: int) -> tuple[bytearray, Tensor]:
+    """Memory for the bytes that `header` announces, as bytes and as a tensor; ValueError when they are too many."""
+    check_size(int(header[0]), f"the object announced by global rank {src}")
+    received = bytearray(int(header[0]))
+    return received, torch.frombuffer(received, dtype=torch.uint8) if received else torch.empty(0, dtype=torch.uint8)
+
+
+def _opened(received: bytearray, header: Tensor, src: int) -> bytearray:
     if header[1]:
-        raise TypeError(f"global rank {src} could not send its object: {data.numpy().tobytes().decode()}")
-    return list(decode(data))
-
-
-def _text_to_bytes(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        text = received.decode(errors="replace")[:_MOST_TEXT]
+        raise TypeError(f"global rank {src} could not send its object: {text}")
+    return received

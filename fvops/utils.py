@@ -1,4 +1,4 @@
-"""Small tensor helpers for sharding a sequence; no process group is needed for any of them."""
+"""Small tensor helpers for sharding a sequence, which need no process group, and the group that needs only a store."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fvops.serialization import add_safe_globals
+from fvops.stateless_process_group import StatelessProcessGroup
+from fvops.wire_format import add_safe_globals
 
 __all__ = [
+    "StatelessProcessGroup",
     "add_safe_globals",
     "compute_padding_for_sp",
     "divide",

@@ -84,6 +84,7 @@ class _CannotBePickled:
 
 def _bad_objects() -> list[str]:
     group = fvops.get_sp_group()
+    fvops.add_safe_globals([_CannotBePickled])
     deep: list[Any] = []
     for _ in range(5000):
         deep = [deep]

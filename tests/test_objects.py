@@ -144,16 +144,16 @@ def _receive_hostile(folder: str) -> str:
     buffer = io.BytesIO()
     torch.save([Hostile(f"{folder}/executed-{os.environ['RANK']}")], buffer)
     hostile = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-    with pytest.raises(TypeError, match="add_safe_globals"):
-        serialization.decode(hostile)
+    with pytest.raises(ValueError, match="pickles are not read"):
+        serialization.decode(hostile.numpy().tobytes())
     with pytest.raises(TypeError):
         serialization.encode(Hostile(f"{folder}/executed-by-encode"))
     if group.rank_in_group:
-        with pytest.raises(TypeError) as caught:
+        with pytest.raises(ValueError) as caught:
             group.broadcast_object()
         return str(caught.value)
     original = objects.encode
-    objects.encode = lambda _: hostile
+    objects.encode = lambda *_: bytearray(hostile.numpy().tobytes())
     try:
         group.broadcast_object("anything")
     finally:

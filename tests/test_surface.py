@@ -99,12 +99,6 @@ expire_data()
 """
 # In the contract but not written yet when this table was: checked as soon as they exist. Remove lines as they land.
 NOT_YET = {
-    "GroupCoordinator.send_object",
-    "GroupCoordinator.recv_object",
-    "GroupCoordinator.broadcast_tensor_dict",
-    "GroupCoordinator.send_tensor_dict",
-    "GroupCoordinator.recv_tensor_dict",
-    "StatelessProcessGroup",
     "debug.check_collectives",
     "debug.dump",
     "compiler.enable",
