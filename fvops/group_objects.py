@@ -180,8 +180,8 @@ class GroupObjects:
                 # Before anything of it is gathered; what is under way stays so, hence the words.
                 raise ValueError(
                     f"{where}: the sender is part {manifest.parts[1]} of {manifest.parts[0]} of its all_gather_group, "
-                    f"this rank {own[1]} of {own[0]}; both sides need groups alike. Place {src} cannot be received from "
-                    "any more"
+                    f"this rank {own[1]} of {own[0]}; both sides need groups alike. "
+                    f"Nothing more can be received from place {src}"
                 )
             whole = wire_bytes(tensor)
             part = _part(whole, tensor.numel(), *own)

@@ -77,7 +77,7 @@ class StatelessProcessGroup:
             raise ValueError(f"port={port} is no TCP port; 1 to 65535 are")
         deadline = timedelta(seconds=envs.FVOPS_TIMEOUT_S)
         # Given no socket, torch's store listens on all interfaces.
-        listening = {} if rank else {"master_listen_fd": _listen(host, port)}
+        listening: dict[str, Any] = {} if rank else {"master_listen_fd": _listen(host, port)}
         try:
             store = dist.TCPStore(
                 host, port, is_master=rank == 0, timeout=deadline, wait_for_workers=False, **listening
@@ -200,8 +200,8 @@ class StatelessProcessGroup:
             return store_messages.take(self.store, self._key(name), seconds)
         except store_messages.StoreTimeout as error:
             raise RuntimeError(
-                f"rank {self.rank} of a stateless group of {self.world_size} waited {seconds:g} s for an object of rank "
-                f"{src}: {error}"
+                f"rank {self.rank} of a stateless group of {self.world_size} waited {seconds:g} s for an object "
+                f"of rank {src}: {error}"
             ) from error
 
     def _open(self, data: bytearray, src: int) -> Any:

@@ -104,6 +104,6 @@ def allowed_global(name: str) -> Any:
 def refusal(name: str) -> str:
     """What is said of a type that may not travel."""
     return (
-        f"objects of type {name[:200]!r} cannot be sent between ranks; if the class may be built from what a peer sends, "
+        f"objects of type {name[:200]!r} cannot be sent between ranks; if a peer may have the class built, "
         "call fvops.utils.add_safe_globals([TheClass]) on every rank first"
     )

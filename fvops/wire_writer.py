@@ -101,7 +101,7 @@ class Writer:
         self._many(Tag.TUPLE, tuple(tensor.shape))
         resolved = tensor.detach().resolve_conj().resolve_neg().cpu()
         flat = resolved.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
-        self._bytes(Tag.BYTES, memoryview(flat.numpy()))
+        self._bytes(Tag.BYTES, flat.numpy().data)
 
     def _torch_value(self, value: Any) -> None:
         self._bytes(Tag.TORCH, TORCH_NAMES[value].encode())
@@ -140,7 +140,7 @@ class Writer:
         if function is getattr(copyreg, "__newobj__"):  # noqa: B009  (the name is not mangled this way)
             how, function, args = b"n", args[0], args[1:]
         elif function is getattr(copyreg, "__newobj_ex__"):  # noqa: B009
-            how, function, args, named = b"n", *args
+            how, (function, args, named) = b"n", args
         if not is_allowed(function):
             raise TypeError(refusal(full_name(function)))
         self.data += Tag.OBJECT + how

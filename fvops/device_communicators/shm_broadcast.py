@@ -1,8 +1,8 @@
 """`MessageQueue`: objects from one rank to all others of its group, without a collective.
 
-Readers on the writer's node read a ring in shared memory (`shm_ring`); a waiting one sleeps. Readers elsewhere, or where
-there is no shared memory or futex, get the same bytes over the group's store: no socket is opened for it. Objects larger
-than a chunk take several.
+Readers on the writer's node read a ring in shared memory (`shm_ring`); a waiting one sleeps. Readers elsewhere, or
+where there is no shared memory or futex, get the same bytes over the group's store: no socket is opened for it. Objects
+larger than a chunk take several.
 """
 
 from __future__ import annotations
@@ -211,7 +211,10 @@ class _StoreWriter:
         self._count += 1
 
     def close(self) -> None:
-        self._store.set("left", "")
+        try:
+            self._store.set("left", "")
+        except RuntimeError as error:  # the server ended first, and the readers' wait with it
+            logger.info("message queue: the readers could not be told that it is closed: %s", error)
 
 
 class _StoreReader:

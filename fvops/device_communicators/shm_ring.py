@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import struct
 import time
 from typing import Any
 
@@ -25,7 +26,8 @@ from fvops.serialization import check_size
 __all__ = ["Ring", "RingReader", "RingWriter", "open_file", "ring_bytes"]
 
 _LINE_WORDS = 16
-_HEADER_BYTES = 16
+_HEADER = struct.Struct("<IIQ")
+_HEADER_BYTES = _HEADER.size
 _MASK = (1 << 32) - 1
 _LEFT = 1
 # How long a sleep lasts before the other side is looked at, seconds.
@@ -122,10 +124,8 @@ class RingWriter:
             self.wait_for_room(until)
             piece = view[start : start + size]
             slot = self._ring.slot(self._count)
-            header = (
-                len(piece).to_bytes(4, "little") + (start == 0).to_bytes(4, "little") + len(view).to_bytes(8, "little")
-            )
-            slot[: _HEADER_BYTES + len(piece)] = header + piece
+            slot[:_HEADER_BYTES] = _HEADER.pack(len(piece), start == 0, len(view))
+            slot[_HEADER_BYTES : _HEADER_BYTES + len(piece)] = piece
             self._count = (self._count + 1) & _MASK
             self._ring.publish(0, self._count)
 
@@ -159,16 +159,15 @@ class RingReader:
             self.wait_for_chunk(until)
             slot = self._ring.slot(self._count)
             # Read once: the memory is the writer's, who might change it after a check.
-            header = bytes(slot[:_HEADER_BYTES])
-            size, first, announced = (int.from_bytes(header[a:b], "little") for a, b in ((0, 4), (4, 8), (8, 16)))
+            size, first, announced = _HEADER.unpack(bytes(slot[:_HEADER_BYTES]))
             if total < 0:
                 check_size(announced, f"the object announced by {self._name}")
                 total = announced
             due = min(self._ring.chunk_bytes, total - len(data))
             if size != due or first != (not data) or announced != total:
                 raise ValueError(
-                    f"{self._name} wrote a chunk of {size} bytes of an object of {announced}, where {due} of {total} were "
-                    "due"
+                    f"{self._name} wrote a chunk of {size} bytes of an object of {announced}, "
+                    f"where {due} of {total} were due"
                 )
             data += slot[_HEADER_BYTES : _HEADER_BYTES + size]
             self._count = (self._count + 1) & _MASK

@@ -1,0 +1,187 @@
+"""StatelessProcessGroup: objects over a store, where it listens, groups that overlap, and what happens when some leave."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fvops.utils import StatelessProcessGroup
+from tests.harness import Ranks
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
+
+
+def _rank() -> tuple[int, int]:
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def _everything(port: int) -> list[Any]:
+    from fvops.parallel_state import get_same_node_ranks, is_the_same_node_as
+
+    me, P = _rank()
+    group = StatelessProcessGroup.create("127.0.0.1", port, me, P)
+    told: list[Any] = [group.all_gather_obj({"rank": me, "x": torch.full((2,), me)})[P - 1]["x"].tolist()]
+    told.append([group.broadcast_obj(("from", src) if me == src else None, src) for src in range(P)])
+    # Every rank sends to every other first; several senders to one receiver do not collide.
+    for turn in range(2):
+        for dst in range(P):
+            if dst != me:
+                group.send_obj([me, dst, turn], dst)
+    others = [src for src in range(P) if src != me]
+    told.append([[group.recv_obj(src) for src in reversed(others)] for _ in range(2)])
+    large = bytes([me]) * (9 << 20)  # more than torch's store takes as one value
+    told.append(group.broadcast_obj(large if me == 0 else None, 0) == bytes(9 << 20))
+    told.append(is_the_same_node_as(group, P - 1) == [True] * P and get_same_node_ranks(group) == list(range(P)))
+    told.append(not dist.is_initialized())
+    group.barrier()
+    group.expire_data()
+    left = [key for key, _ in group.entries]
+    group.barrier()
+    return [*told, left]
+
+
+def test_objects_go_every_way(ranks: Ranks) -> None:
+    P = ranks.world_size
+    for me, told in enumerate(ranks.run(_everything, _free_port(), initialize=False)):
+        others = [src for src in reversed(range(P)) if src != me]
+        wanted = [[[src, me, turn] for src in others] for turn in range(2)]
+        assert told == [[P - 1] * 2, [("from", src) for src in range(P)], wanted, True, True, True, []]
+
+
+def test_the_store_listens_on_the_given_address_only() -> None:
+    port = _free_port()
+    group = StatelessProcessGroup.create("127.0.0.1", port, 0, 1)
+    addresses = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
+    with socket.create_connection(("127.0.0.1", port), 5):
+        pass
+    for address in {"127.0.0.2", *addresses} - {"127.0.0.1"}:
+        with pytest.raises(OSError):
+            socket.create_connection((address, port), 2).close()
+    assert group.all_gather_obj(3) == [3]
+    group.barrier()
+
+
+def _two(store: Any, names: list[str]) -> list[tuple[StatelessProcessGroup, StatelessProcessGroup]]:
+    """For each name, both ends of a group of two, in this process."""
+    return [tuple(StatelessProcessGroup.over_store(store, name, rank, 2) for rank in range(2)) for name in names]  # type: ignore[misc]
+
+
+def test_groups_over_one_store_do_not_meet() -> None:
+    store = dist.HashStore()
+    (a0, a1), (b0, b1) = _two(store, ["a", "b"])
+    a0.send_obj("of a", 1)
+    b0.send_obj("of b", 1)
+    a0.broadcast_obj("all of a", 0)
+    # A later group of the same name does not see what an earlier one left behind.
+    ((c0, c1),) = _two(store, ["a"])
+    c0.send_obj("of c", 1)
+    assert (b1.recv_obj(0), c1.recv_obj(0), a1.recv_obj(0)) == ("of b", "of c", "of a")
+    assert a1.broadcast_obj(None, 0) == "all of a"
+
+
+def test_a_wait_ends_and_says_for_whom(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FVOPS_TIMEOUT_S", "0.3")
+    ((one, other),) = _two(dist.HashStore(), ["a"])
+    for call, text in (
+        (lambda: other.recv_obj(0), "an object of rank 0"),
+        (lambda: other.broadcast_obj(None, 0), "an object of rank 0"),
+        (other.barrier, r"missing: ranks \[0\]"),
+    ):
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match=text):
+            call()
+        assert time.monotonic() - began < 30
+    # The object that came too late is the one that is received next.
+    one.send_obj("late", 1)
+    assert other.recv_obj(0) == "late"
+
+
+def test_the_barrier_waits_and_leaves_nothing() -> None:
+    store = dist.HashStore()
+    ((one, other),) = _two(store, ["a"])
+    keys = store.num_keys()
+    order = []
+    thread = threading.Thread(target=lambda: (other.barrier(), order.append("other")))
+    thread.start()
+    order.append("one comes")
+    one.barrier()
+    thread.join(30)
+    assert order[0] == "one comes"
+    assert order[1:] == ["other"]
+    assert store.num_keys() == keys
+
+
+class _Unknown:
+    pass
+
+
+def test_a_failing_sender_tells_the_receivers() -> None:
+    ((one, other),) = _two(dist.HashStore(), ["a"])
+    for send, receive in (
+        (lambda obj: one.send_obj(obj, 1), lambda: other.recv_obj(0)),
+        (lambda obj: one.broadcast_obj(obj, 0), lambda: other.broadcast_obj(None, 0)),
+    ):
+        with pytest.raises(TypeError, match="add_safe_globals"):
+            send(_Unknown())
+        with pytest.raises(TypeError, match="rank 0 could not send.*add_safe_globals"):
+            receive()
+        send("next")
+        assert receive() == "next"
+
+
+def test_data_expires_and_what_was_read_is_forgotten() -> None:
+    store = dist.HashStore()
+    one = StatelessProcessGroup.over_store(store, "a", 0, 2, data_expiration_seconds=0.05)
+    before = store.num_keys()
+    one.send_obj("nobody reads this", 1)
+    assert store.num_keys() == before + 1
+    time.sleep(0.1)
+    one.expire_data()
+    assert (store.num_keys(), len(one.entries)) == (before, 0)
+
+
+def test_refusals() -> None:
+    ((one, _),) = _two(dist.HashStore(), ["a"])
+    for call in (
+        lambda: one.send_obj(1, 0),
+        lambda: one.recv_obj(2),
+        lambda: one.broadcast_obj(1, -1),
+        lambda: StatelessProcessGroup.create("127.0.0.1", 0, 0, 1),
+        lambda: StatelessProcessGroup.create("127.0.0.1", 2, 3, 2),
+        lambda: StatelessProcessGroup(2, 2, dist.HashStore()),
+    ):
+        with pytest.raises(ValueError):
+            call()
+    with pytest.raises(RuntimeError, match="must be an address of its machine"):
+        StatelessProcessGroup.create("192.0.2.77", 4321, 0, 1)
+
+
+def _server_gone(port: int) -> str:
+    me, P = _rank()
+    group = StatelessProcessGroup.create("127.0.0.1", port, me, P)
+    group.barrier()
+    if me == 0:
+        return "left first"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FVOPS_TIMEOUT_S", "10")
+        with pytest.raises(RuntimeError) as caught:
+            group.recv_obj(0)
+        return str(caught.value)
+
+
+def test_a_server_that_is_gone_is_an_error_at_the_others(two_ranks: Ranks) -> None:
+    first, second = two_ranks.run(_server_gone, _free_port(), initialize=False)
+    assert first == "left first"
+    assert "store" in second or "object of rank 0" in second
