@@ -54,7 +54,7 @@ def _everything(port: int) -> list[Any]:
 
 def test_objects_go_every_way(ranks: Ranks) -> None:
     P = ranks.world_size
-    for me, told in enumerate(ranks.run(_everything, _free_port(), initialize=False)):
+    for me, told in enumerate(ranks.run(_everything, _free_port(), initialize=False, deadline_s=50)):
         others = [src for src in reversed(range(P)) if src != me]
         wanted = [[[src, me, turn] for src in others] for turn in range(2)]
         assert told == [[P - 1] * 2, [("from", src) for src in range(P)], wanted, True, True, True, []]

@@ -1,0 +1,242 @@
+"""Bytes that an enemy chose, at every decoder: an error, and no crash, no hang, no code run, no memory taken."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import random
+import tracemalloc
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fvops import store_messages, tensor_dict
+from fvops.device_communicators.shm_ring import Ring, RingReader, RingWriter, ring_bytes
+from fvops.serialization import decode, encode
+from fvops.utils import StatelessProcessGroup
+from tests.draws import profile
+from tests.harness import Ranks
+from tests.test_objects import Hostile
+
+
+def _pickles(folder: Path) -> list[bytes]:
+    """Pickles that make a folder when they are loaded, in the wrappings that a careless receiver opens."""
+    hostile = Hostile(str(folder / "executed"))
+    buffer = io.BytesIO()
+    torch.save(hostile, buffer)
+    plain = [pickle.dumps(hostile, protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    return [*plain, buffer.getvalue(), *[b"fvo1" + data for data in plain]]
+
+
+def _frame() -> bytearray:
+    x = torch.arange(6).reshape(2, 3)
+    array = numpy.arange(4, dtype=">i2")
+    return encode(
+        [None, True, -5, 2.5, 1j, "é", b"b", {"k": (1, {2}, frozenset([3]))}, OrderedDict(a=x), x.half(), array]
+        + [
+            numpy.float32(1),
+            numpy.datetime64("2020-01-01"),
+            torch.int8,
+            x.shape,
+            x.device,
+            torch.nn.Parameter(x.float()),
+        ]
+    )
+
+
+def _mutated(data: bytearray, draw: random.Random) -> bytearray:
+    data = bytearray(data)
+    for _ in range(draw.randint(1, 6)):
+        at = draw.randrange(len(data))
+        kind = draw.randrange(4)
+        if kind == 0:
+            data[at] = draw.randrange(256)
+        elif kind == 1:
+            # Where a length might be, a large one.
+            data[at : at + 8] = draw.choice(
+                [b"\xff" * 8, b"\xff" * 7 + b"\x7f", (1 << draw.randrange(64)).to_bytes(8, "little")]
+            )
+        elif kind == 2:
+            del data[at : at + draw.randrange(1, 9)]
+        else:
+            data[at:at] = data[at : at + draw.randrange(1, 30)]
+        if not data:
+            return data
+    return data
+
+
+def _fuzz(cases: int, seed: int) -> None:
+    draw, frame = random.Random(seed), _frame()
+    manifest = encode(((2, 1), [(torch.float32, (2, 3), "cpu")], bytes(encode({"x": 1}))))
+    for number in range(cases):
+        data = _mutated(frame, draw)
+        tracemalloc.start()
+        try:
+            decode(data)
+        except (TypeError, ValueError) as error:
+            assert "refused to decode" in str(error), number
+        try:
+            tensor_dict.receive(_mutated(manifest, draw), torch.device("cpu"), "test", lambda _, tensor: None)
+        except (TypeError, ValueError):
+            pass
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 5 << 20, number
+
+
+def test_mutated_frames() -> None:
+    _fuzz(200, seed=1)
+
+
+@pytest.mark.slow
+def test_mutated_frames_by_the_thousand() -> None:
+    _fuzz(10_000, seed=2)
+
+
+@given(data=st.binary(max_size=60))
+@profile(200)
+def test_arbitrary_bytes(data: bytes) -> None:
+    for frame in (data, b"fvo1" + data):
+        try:
+            decode(frame)
+        except (TypeError, ValueError):
+            pass
+
+
+def test_every_truncation_is_refused() -> None:
+    frame = _frame()
+    for end in range(len(frame)):
+        with pytest.raises(ValueError):
+            decode(frame[:end])
+    with pytest.raises(ValueError, match="1 bytes too many"):
+        decode(frame + b"N")
+
+
+def test_lengths_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    huge = (1 << 40).to_bytes(8, "little")
+    for tag in b"sbBltSZdOiyzDg":
+        with pytest.raises(ValueError, match="announced"):
+            decode(b"fvo1" + bytes([tag]) + huge)
+    tensor = bytes(encode(torch.zeros(2)))
+    with pytest.raises(ValueError, match="bytes for a tensor of shape"):
+        decode(
+            tensor.replace(b"\x01" + (0).to_bytes(7, "little") + b"\x02", b"\x01" + (0).to_bytes(7, "little") + b"\x03")
+        )
+    with pytest.raises(ValueError, match="more than 128 levels"):
+        decode(b"fvo1" + (b"l" + (1).to_bytes(8, "little")) * 5000 + b"N")
+    monkeypatch.setenv("FVOPS_MAX_OBJECT_MB", "1")
+    with pytest.raises(ValueError, match="FVOPS_MAX_OBJECT_MB"):
+        encode(bytes(2 << 20))
+    announced = encode(((1, 0), [(torch.uint8, (1 << 40,), "cpu")], b""))
+    with pytest.raises(ValueError, match="tensors announced has 1099511627776 bytes"):
+        tensor_dict.receive(announced, torch.device("cpu"), "test", lambda _, tensor: None)
+
+
+@pytest.mark.parametrize("dtype", ["|O", "|V8", "<i4,<i4", "|O8", "(2,)i4", "<M8[ns, x]"])
+def test_numpy_dtypes_with_pointers_or_fields(dtype: str) -> None:
+    frame = bytearray(b"fvo1a") + encode(dtype)[4:] + encode((1,))[4:] + encode(bytes(8))[4:]
+    with pytest.raises(ValueError):
+        decode(frame)
+    with pytest.raises(TypeError, match="dtype object"):
+        encode(numpy.array([object()]))
+
+
+def test_a_hostile_pickle_in_the_store(tmp_path: Path) -> None:
+    for data in _pickles(tmp_path):
+        store = dist.HashStore()
+        group = StatelessProcessGroup.over_store(store, "a", 1, 2)
+        scoped = dist.PrefixStore("fvops/stateless/a", store)
+        for mark in (b"\0", b"\1", b""):
+            store_messages.put(scoped, f"fvops/2/1/sent/0-1/{group.recv_src_counter[0]}", mark + data)
+            with pytest.raises((ValueError, TypeError)):
+                group.recv_obj(0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("piece", [b"", b"1234", b"\xff" * 8, (9).to_bytes(8, "little") + b"12345678901"])
+def test_store_messages_cut_or_swollen(piece: bytes) -> None:
+    store = dist.HashStore()
+    store.set("k/0", piece)
+    with pytest.raises(ValueError):
+        store_messages.take(store, "k", 1.0)
+
+
+class _Present:
+    """A peer that lives."""
+
+    pid = 0
+
+    def alive(self) -> bool:
+        return True
+
+    def condition(self) -> str:
+        return "is alive"
+
+    def close(self) -> None:
+        pass
+
+
+def _ring(folder: Path) -> tuple[Ring, Any, Any]:
+    with open(folder / "ring", "wb+") as file:
+        file.truncate(ring_bytes(64, 4, 1))
+        ring = Ring(file.fileno(), 64, 4, 1)
+    peer: Any = _Present()
+    return ring, RingWriter(ring, [peer], ["the reader"], [0]), RingReader(ring, 0, peer, "the writer")
+
+
+def test_a_ring_full_of_garbage(tmp_path: Path) -> None:
+    draw = random.Random(3)
+    import time
+
+    for _ in range(50):
+        ring, writer, reader = _ring(tmp_path)
+        writer.write(bytes(100), time.monotonic() + 5)
+        header = ring.slot(0)
+        at = draw.randrange(16)
+        header[at] = header[at] ^ draw.randrange(1, 256)
+        with pytest.raises((ValueError, TimeoutError)):
+            reader.read(time.monotonic() + 0.01)
+
+
+def _hostile_peer(frames: list[bytes], way: str) -> list[str]:
+    """Place 0 was taken over, and sends `frames` where objects are due."""
+    import fvops
+    from fvops import objects
+    from fvops.objects import Message
+
+    group = fvops.get_sp_group()
+    ways: dict[str, tuple[Any, Any]] = {
+        "broadcast": (lambda: group.broadcast_object(1), lambda: group.broadcast_object()),
+        "list": (lambda: group.broadcast_object_list([1]), lambda: group.broadcast_object_list([1])),
+        "send": (lambda: group.send_object(1, 1), lambda: group.recv_object(0)),
+        "dict": (lambda: group.broadcast_tensor_dict({}), lambda: group.broadcast_tensor_dict()),
+        "send dict": (lambda: group.send_tensor_dict({}, 1), lambda: group.recv_tensor_dict(0)),
+    }
+    send, receive = ways[way]
+    texts = []
+    for frame in frames:
+        if group.rank_in_group:
+            with pytest.raises((TypeError, ValueError)) as caught:
+                receive()
+            texts.append(str(caught.value))
+            continue
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(objects, "pack", lambda *_, frame=frame: Message(bytearray(frame)))
+            send()
+    return texts
+
+
+def test_a_hostile_peer_runs_nothing(two_ranks: Ranks, tmp_path: Path) -> None:
+    frames = [*_pickles(tmp_path), b"", b"fvo1", bytes(encode(5)), bytes(_frame()[:50])]
+    for way in ("broadcast", "list", "send", "dict", "send dict"):
+        # An object that decodes is no attack on these two.
+        chosen = [frame for frame in frames if way != "send" or frame != bytes(encode(5))]
+        assert len(two_ranks.run(_hostile_peer, chosen, way, deadline_s=60)[1]) == len(chosen)
+    assert list(tmp_path.iterdir()) == []
