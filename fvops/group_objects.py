@@ -175,28 +175,34 @@ class GroupObjects:
         self._check_partner("recv_tensor_dict", "src", src)
         own = (1, 0) if all_gather_group is None else (all_gather_group.world_size, all_gather_group.rank_in_group)
 
+        sent: set[tuple[int, int]] = {own}
+
         def fetch(manifest: Manifest, tensor: Tensor) -> None:
-            if manifest.parts != own:
-                # Before anything of it is gathered; what is under way stays so, hence the words.
-                raise ValueError(
-                    f"{where}: the sender is part {manifest.parts[1]} of {manifest.parts[0]} of its all_gather_group, "
-                    f"this rank {own[1]} of {own[0]}; both sides need groups alike. "
-                    f"Nothing more can be received from place {src}"
-                )
+            sent.add(manifest.parts)
             whole = wire_bytes(tensor)
-            part = _part(whole, tensor.numel(), *own)
+            part = _part(whole, tensor.numel(), *manifest.parts)
             if part.numel() == whole.numel():
                 self._recv_bytes(whole, src)
                 return
             part = torch.empty_like(part)
             self._recv_bytes(part, src)
+            if manifest.parts != own:
+                # Not a group to gather over; received all the same, so that the next message can be.
+                return
             if tensor.device.type == "cpu":
                 all_gather_flat(whole, part, group=all_gather_group.cpu_group)  # type: ignore[union-attr]
             else:
                 whole.copy_(all_gather_group.all_gather(part, dim=0))  # type: ignore[union-attr]
 
         with objects.naming(where, self.ranks):
-            return _dictionary(objects.recv_message(self.ranks[src], self.cpu_group), self.device, where, fetch)
+            message = objects.recv_message(self.ranks[src], self.cpu_group)
+            received = _dictionary(message, self.device, where, fetch)
+        for n, k in sent - {own}:
+            raise ValueError(
+                f"{where}: the sender is part {k} of {n} of its all_gather_group, this rank {own[1]} of {own[0]}; "
+                "both sides need groups alike"
+            )
+        return received
 
     def _over_the_queue(self, where: str, obj: Any, src: int) -> Any:
         if src != 0:
