@@ -39,18 +39,10 @@ def _pickles(folder: Path) -> list[bytes]:
 
 def _frame() -> bytearray:
     x = torch.arange(6).reshape(2, 3)
-    array = numpy.arange(4, dtype=">i2")
-    return encode(
-        [None, True, -5, 2.5, 1j, "é", b"b", {"k": (1, {2}, frozenset([3]))}, OrderedDict(a=x), x.half(), array]
-        + [
-            numpy.float32(1),
-            numpy.datetime64("2020-01-01"),
-            torch.int8,
-            x.shape,
-            x.device,
-            torch.nn.Parameter(x.float()),
-        ]
-    )
+    plain = [None, True, -5, 2.5, 1j, "é", b"b", {"k": (1, {2}, frozenset([3]))}, OrderedDict(a=x)]
+    values = [x.half(), torch.int8, x.shape, x.device, torch.nn.Parameter(x.float())]
+    arrays = [numpy.arange(4, dtype=">i2"), numpy.float32(1), numpy.datetime64("2020-01-01")]
+    return encode([*plain, *values, *arrays])
 
 
 def _mutated(data: bytearray, draw: random.Random) -> bytearray:
