@@ -38,6 +38,7 @@ lint: $(VENV)/ready
 bench: $(VENV)/ready
 	@echo "== bench: what a call costs, all candidates in turn in one run"
 	$(BIN)/python tools/bench_dispatch.py
+	$(BIN)/python -m tools.bench_collectives $(BENCH_ARGS)
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@echo "== creating $(VENV) (once): torch, then fvops with what its tests, demo and benchmarks need"
