@@ -102,8 +102,8 @@ class ShmTransport:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialized contiguous tensor for a result: pooled shared memory if it is large and there is room."""
-        # The parts of what is smaller go through the channels.
-        if math.prod(shape) * dtype.itemsize > self._eager_bytes * self.world_size:
+        # The parts of what is smaller go through the channels. A broken group leases nothing: a peer may still write.
+        if not self._watch.failure and math.prod(shape) * dtype.itemsize > self._eager_bytes * self.world_size:
             tensor = self._pool.empty(shape, dtype)
             if tensor is not None:
                 return tensor
@@ -204,8 +204,8 @@ class ShmTransport:
         self._turn.check()
         try:
             self._messages.recv(output, src)
-        except PeerError as error:
-            self._watch.fail(str(error), src)
+        except BaseException as error:
+            self._watch.fail(f"recv from place {src}: {error}", src)
             raise
 
     def barrier(self) -> None:
