@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two ranks on two cores: more threads in each only fight.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-nccl lint bench clean
+.PHONY: demo test test-slow test-nccl gpu-check lint bench clean
 
 demo: $(VENV)/ready
 	@echo "== demo: a Wan transformer, sequence-parallel on 2 CPU ranks, compiled whole"
@@ -28,6 +28,11 @@ test-nccl: $(VENV)/ready $(NCCL)
 
 $(NCCL):
 	$(BIN)/python -m pip install --quiet --no-deps --target build/nccl nvidia-nccl-cu12
+
+# With a Python that has a CUDA build of torch, not with .venv; without a network. See tools/gpu_check.py.
+gpu-check:
+	@echo "== gpu-check: GPU tests and the kernels' speed; exit code 3 (make says 2) where there is no GPU"
+	$(PYTHON) tools/gpu_check.py
 
 lint: $(VENV)/ready
 	@echo "== lint: ruff check, ruff format, mypy"

@@ -282,8 +282,8 @@ def maybe_init_distributed_environment_and_model_parallel(
         rank=envs.RANK,
         distributed_init_method=distributed_init_method,
         local_rank=envs.LOCAL_RANK,
-        # No device_id: with one torch makes the communicator of its own NCCL group at once, half a gigabyte that nothing
-        # needs where fvops has its own. The groups' device follows from the local rank.
+        # No device_id: torch would make its own NCCL communicator at once, half a gigabyte that nothing needs where
+        # fvops has one. The groups' device follows from the local rank.
     )
     ensure_model_parallel_initialized(tp_size, sp_size)
 
