@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two ranks on two cores: more threads in each only fight.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-nccl gpu-check lint bench clean
+.PHONY: demo test test-slow test-nccl test-transports gpu-check lint bench clean
 
 demo: $(VENV)/ready
 	@echo "== demo: a Wan transformer, sequence-parallel on 2 CPU ranks, compiled whole"
@@ -28,6 +28,15 @@ test-nccl: $(VENV)/ready $(NCCL)
 
 $(NCCL):
 	$(BIN)/python -m pip install --quiet --no-deps --target build/nccl nvidia-nccl-cu12
+
+OP_SUITE := tests/test_data_movement.py tests/test_reductions.py tests/test_coalesced.py tests/test_gradients.py \
+	tests/test_point_to_point.py tests/test_debug.py tests/test_warmup.py tests/test_large.py
+
+test-transports: $(VENV)/ready
+	@echo "== test-transports: the op suite and compile_tests over gloo and over the doubles of NCCL and HCCL"
+	FVOPS_TEST_TRANSPORT=process_group $(BIN)/python -m pytest -m "not slow" $(OP_SUITE) compile_tests
+	FVOPS_TEST_TRANSPORT=nccl $(BIN)/python -m pytest -m "not slow" $(OP_SUITE)
+	FVOPS_TEST_TRANSPORT=hccl $(BIN)/python -m pytest -m "not slow" $(OP_SUITE)
 
 # With a Python that has a CUDA build of torch, not with .venv; without a network. See tools/gpu_check.py.
 gpu-check:

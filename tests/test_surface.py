@@ -109,7 +109,6 @@ NOT_YET = {
     "debug.dump",
     "compiler.enable",
     "report",
-    "doctor",
 }
 
 

@@ -27,7 +27,7 @@ from fvops.torch_compat import all_gather_flat
 __all__ = ["Formation", "form_segments"]
 
 _MESSAGE_BYTES = 1024
-MOST_PLACES = 64
+_MOST_PLACES = 64
 # All of a segment's slots for collectives together. Large slots mean few waits, and must still fit in cache.
 _SLOTS_BYTES = 4 << 20
 
@@ -91,8 +91,8 @@ def form_segments(
 
 def _unfit(layout: SegmentLayout, folder: str) -> str:
     """Why this rank cannot take part, as far as it can tell alone."""
-    if layout.places > MOST_PLACES:
-        return f"{layout.places} ranks are more than the {MOST_PLACES} that share memory"
+    if layout.places > _MOST_PLACES:
+        return f"{layout.places} ranks are more than the {_MOST_PLACES} that share memory"
     if not os.path.isdir(folder):
         return f"there is no {folder}"
     if layout.segment_bytes <= layout.pool_start:
