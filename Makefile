@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two ranks on two cores: more threads in each only fight.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow test-nccl lint bench clean
+.PHONY: demo test test-slow test-nccl test-transports gpu-check lint bench clean
 
 demo: $(VENV)/ready
 	@echo "== demo: a Wan transformer, sequence-parallel on 2 CPU ranks, compiled whole"
@@ -29,6 +29,20 @@ test-nccl: $(VENV)/ready $(NCCL)
 $(NCCL):
 	$(BIN)/python -m pip install --quiet --no-deps --target build/nccl nvidia-nccl-cu12
 
+OP_SUITE := tests/test_data_movement.py tests/test_reductions.py tests/test_coalesced.py tests/test_gradients.py \
+	tests/test_point_to_point.py tests/test_debug.py tests/test_warmup.py tests/test_large.py
+
+test-transports: $(VENV)/ready
+	@echo "== test-transports: the op suite and compile_tests over gloo and over the doubles of NCCL and HCCL"
+	FVOPS_TEST_TRANSPORT=process_group $(BIN)/python -m pytest -m "not slow" $(OP_SUITE) compile_tests
+	FVOPS_TEST_TRANSPORT=nccl $(BIN)/python -m pytest -m "not slow" $(OP_SUITE)
+	FVOPS_TEST_TRANSPORT=hccl $(BIN)/python -m pytest -m "not slow" $(OP_SUITE)
+
+# With a Python that has a CUDA build of torch, not with .venv; without a network. See tools/gpu_check.py.
+gpu-check:
+	@echo "== gpu-check: GPU tests and the kernels' speed; exit code 3 (make says 2) where there is no GPU"
+	$(PYTHON) tools/gpu_check.py
+
 lint: $(VENV)/ready
 	@echo "== lint: ruff check, ruff format, mypy"
 	$(BIN)/ruff check .
@@ -38,6 +52,7 @@ lint: $(VENV)/ready
 bench: $(VENV)/ready
 	@echo "== bench: what a call costs, all candidates in turn in one run"
 	$(BIN)/python tools/bench_dispatch.py
+	$(BIN)/python -m tools.bench_collectives $(BENCH_ARGS)
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	@echo "== creating $(VENV) (once): torch, then fvops with what its tests, demo and benchmarks need"

@@ -80,7 +80,9 @@ def _refusals(fullgraph: bool, dynamic: bool) -> list[str]:
 
 
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize(("world_size", "fullgraph"), [(2, False), (2, True), (4, True)])
+@pytest.mark.parametrize(
+    ("world_size", "fullgraph"), [(2, False), (2, True), pytest.param(4, True, marks=pytest.mark.slow)]
+)
 def test_refusals(world_size: int, fullgraph: bool, dynamic: bool) -> None:
     for rank, wrong in enumerate(Ranks.get(world_size).run(_refusals, fullgraph, dynamic, deadline_s=180)):
         assert wrong == [], f"rank {rank}"

@@ -56,7 +56,7 @@ def _moved_bytes_exactly(backend: str) -> None:
 
 
 TRAIN = pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-WORLDS = pytest.mark.parametrize("world_size", [2, 4])
+WORLDS = pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 
 
 @TRAIN
@@ -68,7 +68,7 @@ def test_every_method_helper_and_getter_traces_whole(world_size: int, train: boo
 
 
 @TRAIN
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@WORLDS
 def test_inductor_compiles_all_of_them_in_one_graph(world_size: int, train: bool) -> None:
     Ranks.get(world_size).run(_programs, "inductor", train, world_size, True, deadline_s=300)
 

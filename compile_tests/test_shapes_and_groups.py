@@ -68,7 +68,7 @@ def _reinitialize(backend: str) -> tuple[int, int, str, str]:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_compiled_functions_outlive_their_groups(world_size: int, backend: str) -> None:
     for before, after, name, new_name in Ranks.get(world_size).run(_reinitialize, backend, deadline_s=180):
         assert (before, after) == (1, 1)

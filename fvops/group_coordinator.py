@@ -310,8 +310,8 @@ class GroupCoordinator(GroupObjects):
         Raises:
             ValueError: a shape that `all_to_all_4D` refuses.
         """
-        if self.world_size > 1:
-            warm_up(registry.resolve(self.unique_name, self.world_size), shapes, dtype)
+        # Alone too: FVOPS_TRANSPORT may have given a group of one rank a library.
+        warm_up(registry.resolve(self.unique_name, self.world_size), shapes, dtype)
 
     def destroy(self) -> None:
         """Give up the group: calls under its name raise from now on. Safe to call twice.

@@ -75,7 +75,8 @@ class Ranks:
 
         Args:
             transport: a value of ``FVOPS_TRANSPORT``; "nccl" and "hccl" are the doubles. Default: that of
-                ``FVOPS_TEST_TRANSPORT``, under which the whole suite can be run, else "auto".
+                ``FVOPS_TEST_TRANSPORT``, under which the whole suite can be run, else "auto". These see no GPU;
+                "gpu-nccl" (real NCCL, one rank) and "gpu-gloo" (all ranks on the first GPU) do.
         """
         key = (world_size, transport or os.environ.get("FVOPS_TEST_TRANSPORT") or "auto")
         if key not in cls._pools:
@@ -182,7 +183,11 @@ def _kill_all() -> None:
 
 def _variables(transport: str) -> dict[str, str]:
     """The environment of workers that use `transport`."""
-    variables = {"FVOPS_TRANSPORT": transport}
+    if transport == "gpu-nccl":
+        return {"FVOPS_TRANSPORT": "nccl", "LOCAL_RANK": "0"}
+    if transport == "gpu-gloo":
+        return {"FVOPS_TRANSPORT": "process_group", "LOCAL_RANK": "0", "FVOPS_TEST_BACKEND": "gloo"}
+    variables = {"FVOPS_TRANSPORT": transport, "CUDA_VISIBLE_DEVICES": ""}
     if transport in ("nccl", "hccl"):
         from tests.doubles.build import build
 
@@ -207,7 +212,8 @@ def _serve(rank: int, world_size: int, folder: str, connection: Connection, vari
     os.dup2(log.fileno(), sys.stdout.fileno())
     os.dup2(log.fileno(), sys.stderr.fileno())
     faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
-    os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(variables)
     # No test waits for it. Long, since a rank that is starved of processor time may compile for minutes; a hang is
     # ended by the run's own deadline, with every rank's stacks.
     os.environ.setdefault("FVOPS_TIMEOUT_S", "300")
@@ -254,11 +260,16 @@ def init_fvops(tp_size: int = 1, sp_size: int | None = None, suffix: str = "") -
     """Initialize fvops in a worker, over a store of its own (`suffix` tells several in one job apart)."""
     import fvops
 
-    fvops.maybe_init_distributed_environment_and_model_parallel(
-        tp_size,
-        int(os.environ["WORLD_SIZE"]) if sp_size is None else sp_size,
-        distributed_init_method=os.environ["FVOPS_TEST_INIT"] + suffix,
-    )
+    world_size, store = int(os.environ["WORLD_SIZE"]), os.environ["FVOPS_TEST_INIT"] + suffix
+    sp_size = world_size if sp_size is None else sp_size
+    backend = os.environ.get("FVOPS_TEST_BACKEND")
+    if backend is None:
+        fvops.maybe_init_distributed_environment_and_model_parallel(tp_size, sp_size, distributed_init_method=store)
+        return
+    device = fvops.get_local_torch_device()
+    place = {"world_size": world_size, "rank": int(os.environ["RANK"]), "local_rank": 0}
+    fvops.init_distributed_environment(**place, distributed_init_method=store, backend=backend, device_id=device)
+    fvops.initialize_model_parallel(tp_size, sp_size, backend=backend)
 
 
 @contextlib.contextmanager

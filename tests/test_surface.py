@@ -103,7 +103,6 @@ NOT_YET = {
     "debug.dump",
     "compiler.enable",
     "report",
-    "doctor",
 }
 
 

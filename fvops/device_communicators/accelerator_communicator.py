@@ -37,7 +37,9 @@ class AcceleratorCommunicator(DeviceCommunicatorBase):
         self.library_comm: LibraryCommunicator | None = None
         wanted = envs.FVOPS_TRANSPORT
         named = wanted == self.LIBRARY.BACKEND
-        if named or (self.world_size > 1 and wanted == "auto"):
+        # A program that asked for gloo on an accelerator gets gloo, unless it also asks for the library.
+        automatic = wanted == "auto" and self.world_size > 1 and dist.get_backend(self.device_group) != "gloo"
+        if named or automatic:
             comm = self.LIBRARY(self.cpu_group, self.device, allow_single_rank=named, group_name=self.unique_name)
             if comm.available:
                 self.library_comm = comm

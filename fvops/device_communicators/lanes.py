@@ -90,7 +90,7 @@ class _OutgoingLane:
             self._comm.send(buffer, 1)
             return
         self._sends.raise_failure()
-        ready = self._streams.event(self._streams.resolve(None))
+        ready = self._streams.event(self._streams.resolve("send", self._name, None))
         self._sends.add(lambda: self._see_through(buffer, ready), buffer)
 
     def close(self, timeout_s: float) -> None:

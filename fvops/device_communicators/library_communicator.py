@@ -44,8 +44,8 @@ class LibraryCommunicator(LibraryConnection):
         self, in_tensor: Tensor, op: Any = dist.ReduceOp.SUM, stream: Any = None, *, out: Tensor | None = None
     ) -> Tensor:
         """The reduction of the ranks' tensors, in `out` (default: a new tensor; it may be `in_tensor` itself)."""
-        out = self._like(in_tensor, self._streams.resolve(stream)) if out is None else out
-        name, stream = self._prepare("all_reduce", stream, in_tensor=in_tensor, out=out)
+        name, stream = self._prepare("all_reduce", stream, in_tensor=in_tensor, **({} if out is None else {"out": out}))
+        out = self._like(in_tensor, stream) if out is None else out
         check_pair(name, self.group_name, out, in_tensor)
         reduction, dtype, number = self._reduction(name, op, in_tensor.dtype)
         arguments = (in_tensor.data_ptr(), out.data_ptr(), in_tensor.numel(), dtype, number)
@@ -57,8 +57,8 @@ class LibraryCommunicator(LibraryConnection):
         self, in_tensor: Tensor, dst: int, op: Any = dist.ReduceOp.SUM, stream: Any = None, *, out: Tensor | None = None
     ) -> Tensor | None:
         """The reduction of the ranks' tensors, in `out` (default: a new tensor), on `dst`; None elsewhere."""
-        out = self._like(in_tensor, self._streams.resolve(stream)) if out is None else out
-        name, stream = self._prepare("reduce", stream, in_tensor=in_tensor, out=out)
+        name, stream = self._prepare("reduce", stream, in_tensor=in_tensor, **({} if out is None else {"out": out}))
+        out = self._like(in_tensor, stream) if out is None else out
         check_pair(name, self.group_name, out, in_tensor)
         checks.check_place(name, self.group_name, "dst", dst, self.world_size)
         reduction, dtype, number = self._reduction(name, op, in_tensor.dtype)
@@ -192,10 +192,11 @@ class LibraryCommunicator(LibraryConnection):
                 total.div_(self.world_size)
 
     def _like(self, tensor: Tensor, stream: Any) -> Tensor:
-        if not isinstance(tensor, Tensor):
-            return tensor  # `_prepare` will refuse it by name
         with self._streams.use(stream):  # the allocator ties memory to the stream that it is asked on
-            return torch.empty_like(tensor)
+            out = torch.empty_like(tensor)
+        if self._group_depth:
+            self._group_keeps.append(out)
+        return out
 
     def _check_partner(self, op: str, what: str, peer: int) -> None:
         if self._group_depth:

@@ -49,23 +49,31 @@ class ProcessGroupTransport(FlatTransport):
         self.ranks = dist.get_process_group_ranks(group)
         self.world_size = len(self.ranks)
         self.name = f"torch.distributed ({dist.get_backend(group)})"
+        # gloo's send and recv take any address for one in host memory.
+        self._through_host = device.type != "cpu" and dist.get_backend(group) == "gloo"
         self._sends = PendingSends(unique_name)
         # On an accelerator a send runs on a stream of the backend: (work, buffer) until it is done.
         self._launched: list[tuple[Any, Tensor]] = []
 
     def send(self, input_: Tensor, dst: int) -> None:
         # A copy: the caller may overwrite its tensor as soon as this returns.
-        buffer = input_.clone(memory_format=torch.contiguous_format)
+        if self._through_host:
+            buffer = torch.empty(input_.shape, dtype=input_.dtype).copy_(input_)
+        else:
+            buffer = input_.clone(memory_format=torch.contiguous_format)
         self._sends.raise_failure()
         work: Any = dist.isend(as_bytes(buffer), dst=self.ranks[dst], group=self.group)
-        if self.device.type == "cpu":
+        if buffer.device.type == "cpu":
             self._sends.add(work.wait, buffer)
         else:
             self._launched = [launched for launched in self._launched if not launched[0].is_completed()]
             self._launched.append((work, buffer))
 
     def recv(self, output: Tensor, src: int) -> None:
-        dist.recv(as_bytes(output), src=self.ranks[src], group=self.group)
+        buffer = torch.empty(output.shape, dtype=output.dtype) if self._through_host else output
+        dist.recv(as_bytes(buffer), src=self.ranks[src], group=self.group)
+        if buffer is not output:
+            output.copy_(buffer)
 
     def barrier(self) -> None:
         dist.barrier(self.cpu_group)

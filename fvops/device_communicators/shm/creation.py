@@ -21,16 +21,15 @@ import torch.distributed as dist
 from fvops.device_communicators.shm import futex
 from fvops.device_communicators.shm.peers import Identity, Peer, own_identity
 from fvops.device_communicators.shm.segment import Segment, reserve
-from fvops.device_communicators.shm.segment_layout import PAGE, SegmentLayout, round_up
+from fvops.device_communicators.shm.segment_layout import PAGE, SLOTS, SegmentLayout, round_up
 from fvops.torch_compat import all_gather_flat
 
 __all__ = ["Formation", "form_segments"]
 
 _MESSAGE_BYTES = 1024
-MOST_PLACES = 64
-_SLOT_BYTES = 256 << 10
-# All of a segment's slots of one kind together: with many ranks they become smaller.
-_SLOTS_BYTES = 2 << 20
+_MOST_PLACES = 64
+# All of a segment's slots for collectives together. Large slots mean few waits, and must still fit in cache.
+_SLOTS_BYTES = 4 << 20
 
 
 @dataclass
@@ -57,7 +56,7 @@ def form_segments(
     if places == 1:
         return None, "a group of one has nobody to exchange with"
     layout = SegmentLayout(
-        places, slot_bytes or min(_SLOT_BYTES, _SLOTS_BYTES // (2 * places) // 64 * 64), round_up(segment_bytes, PAGE)
+        places, slot_bytes or _SLOTS_BYTES // (SLOTS * places) // 64 * 64, round_up(segment_bytes, PAGE)
     )
     refusal = refusal or _unfit(layout, folder)
     path, descriptor = os.path.join(folder, f"fvops-{secrets.token_hex(32)}"), -1
@@ -92,8 +91,8 @@ def form_segments(
 
 def _unfit(layout: SegmentLayout, folder: str) -> str:
     """Why this rank cannot take part, as far as it can tell alone."""
-    if layout.places > MOST_PLACES:
-        return f"{layout.places} ranks are more than the {MOST_PLACES} that share memory"
+    if layout.places > _MOST_PLACES:
+        return f"{layout.places} ranks are more than the {_MOST_PLACES} that share memory"
     if not os.path.isdir(folder):
         return f"there is no {folder}"
     if layout.segment_bytes <= layout.pool_start:

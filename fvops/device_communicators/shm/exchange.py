@@ -35,40 +35,62 @@ class Exchange:
         self._raised = dict.fromkeys(outlets, 0)
         self._seen = dict.fromkeys(inlets, 0)
 
-    def run(self, op: int, give: Parts, receive: Parts, strides: Sequence[Sequence[int]]) -> None:
+    def run(
+        self,
+        op: int,
+        give: Parts,
+        receive: Parts,
+        strides: Sequence[Sequence[int]],
+        own: Sequence[tuple[Tensor, Tensor]] = (),
+    ) -> None:
         """Give ``give[j]`` to each place j in `give`, receive ``receive[i]`` from each place i in `receive`.
 
-        Every place lists as many tensors, at most `most_tensors`, and no part is empty unless all of a tensor's are.
+        Every place lists as many tensors, at most `most_tensors`.
 
         Args:
             op: number of the collective.
             give: any strides.
             receive: views of tensors from the pool, or of plain memory.
             strides: of each tensor's parts at the receivers.
+            own: (target, source) to copy while others are on their way.
         """
-        self._post(op, receive)
-        through = self._push(op, give, strides)
-        self.through_channels(op, through, {i: self._not_pooled(parts) for i, parts in receive.items()})
-        self._await_flags(receive)
+        self.post(op, receive)
+        for target, source in own:
+            target.copy_(source)
+        homeless: dict[int, list[Tensor]] = {}
+        for place, parts in give.items():
+            segment = self._watch.segments[place]
+            for part, part_strides, offset in zip(parts, strides, self.await_post(op, place, parts), strict=True):
+                if offset:
+                    segment.tensor(offset, part.shape, part_strides, part.dtype).copy_(part)
+                else:
+                    homeless.setdefault(place, []).append(part)
+            self.raise_flag(place)
+        self.finish(op, homeless, receive)
 
     def most_tensors(self) -> int:
         """How many tensors one `run` can take."""
         return TABLE_ENTRIES // self._own.layout.places
 
-    def through_channels(self, op: int, give: Parts, receive: Parts) -> None:
+    def through_channels(self, op: int, give: Parts, receive: Parts, own: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
         """The same movement through the channels alone, in rounds of one piece to and from each peer."""
         gone = [(self._outlets[j], _all_pieces(parts, self._outlets[j].slot_bytes)) for j, parts in give.items()]
         come = [(self._inlets[i], _all_pieces(parts, self._inlets[i].slot_bytes)) for i, parts in receive.items()]
-        rounds = max((len(parts) for _, parts in (*gone, *come)), default=0)
+        for outlet, parts in gone:
+            if parts:
+                outlet.push(op, parts[0])
+        for target, source in own:
+            target.copy_(source)
+        rounds = max([1, *(len(parts) for _, parts in gone), *(len(parts) for _, parts in come)])
         for number in range(rounds):
-            for outlet, parts in gone:
-                if number < len(parts):
-                    outlet.push(op, parts[number])
             for inlet, parts in come:
                 if number < len(parts):
                     inlet.pull(op, parts[number])
+            for outlet, parts in gone:
+                if number + 1 < len(parts):
+                    outlet.push(op, parts[number + 1])
 
-    def _post(self, op: int, receive: Parts) -> None:
+    def post(self, op: int, receive: Parts) -> None:
         """Say where each source's parts shall go. Every rank posts in every run, so that the steps stay together."""
         own, quads = self._own, self._own.quads
         for source, parts in receive.items():
@@ -81,32 +103,35 @@ class Exchange:
         self._step = (self._step + 1) & _MASK
         own.publish(STEP, self._step)
 
-    def _push(self, op: int, give: Parts, strides: Sequence[Sequence[int]]) -> dict[int, list[Tensor]]:
-        """Push what has a place at its receiver, raise the flags, and return what has none, by receiver."""
-        watch, rest = self._watch, {}
-        for place, parts in give.items():
-            segment = watch.segments[place]
-            watch.reach(segment, STEP, self._step, place)
-            entry = segment.layout.table + 2 * watch.me * len(parts)
-            homeless = []
-            for part, part_strides in zip(parts, strides, strict=True):
-                nbytes = part.numel() * part.element_size()
-                offset, expected = segment.quads[entry], segment.quads[entry + 1]
-                if (segment.words[OP], expected) != (op, nbytes):
-                    raise mismatch(place, (segment.words[OP], expected), (op, nbytes))
-                if offset:
-                    segment.tensor(offset, part.shape, part_strides, part.dtype).copy_(part)
-                else:
-                    homeless.append(part)
-                entry += 2
-            self._raised[place] = count = (self._raised[place] + 1) & _MASK
-            segment.publish(segment.layout.flag(watch.me), count)
-            if homeless:
-                rest[place] = homeless
-        return rest
+    def await_post(self, op: int, place: int, parts: Sequence[Tensor]) -> list[int]:
+        """Byte offsets in the segment of `place` at which it wants `parts`; 0 for what must go through the channel.
 
-    def _await_flags(self, receive: Parts) -> None:
+        Raises:
+            PeerError: it is in another collective, or expects other sizes.
+        """
+        segment = self._watch.segments[place]
+        self._watch.reach(segment, STEP, self._step, place)
+        entry = self._table + 2 * self._watch.me * len(parts)
+        offsets = []
+        for part in parts:
+            nbytes = part.numel() * part.element_size()
+            offset, expected = segment.quads[entry], segment.quads[entry + 1]
+            if (segment.words[OP], expected) != (op, nbytes):
+                raise mismatch(place, (segment.words[OP], expected), (op, nbytes))
+            offsets.append(offset)
+            entry += 2
+        return offsets
+
+    def raise_flag(self, place: int) -> None:
+        """Tell `place` that all it has posted room for is there."""
+        segment = self._watch.segments[place]
+        self._raised[place] = count = (self._raised[place] + 1) & _MASK
+        segment.publish(segment.layout.flag(self._watch.me), count)
+
+    def finish(self, op: int, homeless: Parts, receive: Parts) -> None:
+        """Move the rest through the channels, and wait for all flags."""
         own, watch = self._own, self._watch
+        self.through_channels(op, homeless, {i: self._not_pooled(parts) for i, parts in receive.items()})
         for place in receive:
             self._seen[place] = count = (self._seen[place] + 1) & _MASK
             watch.reach(own, own.layout.flag(place), count, place)

@@ -36,7 +36,8 @@ class Messages:
 
     def send(self, x: Tensor, place: int) -> None:
         """Send `x`, any strides, to `place`; `x` may be overwritten when this returns."""
-        self._backlogs[place].send(x)
+        # Bytes are sent, which a lazily conjugated or negated tensor does not have yet.
+        self._backlogs[place].send(x.resolve_conj().resolve_neg())
 
     def recv(self, output: Tensor, place: int) -> None:
         """Fill `output` (contiguous) with the next message of `place`. PeerError if that has another size."""

@@ -80,11 +80,11 @@ class Pool:
             if self._descriptor >= 0:
                 os.close(self._descriptor)
             self._descriptor = -1
-            self._free.clear()
-            self._reserved = self._frontier = self._segment.size
 
     def _take(self, size: int) -> int | None:
         self._collect()
+        if self._descriptor < 0:
+            return None
         blocks = self._free.get(size)
         if blocks:
             return blocks.pop()
@@ -101,7 +101,7 @@ class Pool:
 
     def _grow(self, size: int) -> bool:
         needed = self._frontier + size - self._reserved
-        if self._descriptor < 0 or self._frontier + size > self._segment.size:
+        if self._frontier + size > self._segment.size:
             return False
         for growth in (min(max(needed, _GROWTH), self._segment.size - self._reserved), needed):
             if not reserve(self._descriptor, self._reserved, round_up(growth, PAGE), considerate=True):

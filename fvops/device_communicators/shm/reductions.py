@@ -6,7 +6,7 @@ that is a little behind keeps nobody waiting.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -25,7 +25,15 @@ class Reductions:
         self._inlets = inlets
         self._slot_bytes = slot_bytes
 
-    def run(self, op: int, terms: Mapping[int, Tensor], own: Tensor, output: Tensor | None, reduce_op: str) -> None:
+    def run(
+        self,
+        op: int,
+        terms: Mapping[int, Tensor],
+        own: Tensor,
+        output: Tensor | None,
+        reduce_op: str,
+        done: Callable[[Tensor], None] | None = None,
+    ) -> None:
         """Send ``terms[j]`` to each place j in `terms`; reduce `own` with the peers' terms into `output`, if given.
 
         Args:
@@ -33,6 +41,7 @@ class Reductions:
             own: this rank's term for itself, of the shape of `output`; any strides.
             output: None where this rank does not reduce.
             reduce_op: see `arithmetic.combine`.
+            done: called with each piece of `output` in order, once it is reduced and while it is in cache.
         """
         outgoing = [(self._outlets[j], pieces(term, self._slot_bytes)) for j, term in terms.items()]
         mine = [] if output is None else pieces(own, self._slot_bytes)
@@ -44,6 +53,8 @@ class Reductions:
                     outlet.push(op, parts[number])
             if 0 < number <= len(mine):
                 self._reduce(op, mine[number - 1], results[number - 1], reduce_op)
+                if done is not None:
+                    done(results[number - 1])
 
     def _reduce(self, op: int, own: Tensor, result: Tensor, reduce_op: str) -> None:
         terms: Sequence[Tensor] = [

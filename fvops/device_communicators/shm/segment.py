@@ -66,15 +66,17 @@ class Segment:
         if found is None:
             if len(self._kept) >= _MOST_KEPT:
                 self._kept.clear()
-            # Made anew below autograd's and inference mode's notice, since it will be used under others.
+            # It will be used under other modes than this one.
             with torch.inference_mode(False), torch.no_grad():
-                found = self._kept[key] = self._make(*key)
+                found = self._kept[key] = self.make(*key)
         return found
 
-    def _make(self, offset: int, shape: Sequence[int], strides: Sequence[int] | None, dtype: torch.dtype) -> Tensor:
+    def make(self, offset: int, shape: Sequence[int], strides: Sequence[int] | None, dtype: torch.dtype) -> Tensor:
+        """As `tensor`, for one use."""
         flat = self._typed.get(dtype)
         if flat is None:
-            flat = self._typed[dtype] = self._typed[torch.uint8].view(dtype)
+            with torch.inference_mode(False), torch.no_grad():
+                flat = self._typed[dtype] = self._typed[torch.uint8].view(dtype)
         if strides is None:
             return flat.narrow(0, offset // dtype.itemsize, math.prod(shape)).view(shape)
         return flat.as_strided(shape, strides, offset // dtype.itemsize)

@@ -103,8 +103,8 @@ class ShmTransport:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialized contiguous tensor for a result: pooled shared memory if it is large and there is room."""
-        # The parts of what is smaller go through the channels.
-        if math.prod(shape) * dtype.itemsize > self._eager_bytes * self.world_size:
+        # The parts of what is smaller go through the channels. A broken group leases nothing: a peer may still write.
+        if not self._watch.failure and math.prod(shape) * dtype.itemsize > self._eager_bytes * self.world_size:
             tensor = self._pool.empty(shape, dtype)
             if tensor is not None:
                 return tensor
@@ -188,14 +188,7 @@ class ShmTransport:
                 terms = dict.fromkeys(self._others, input)
                 self._reductions.run(code("all_reduce"), terms, input, output, reduce_op)
                 return
-            sizes = [numel * (place + 1) // P - numel * place // P for place in range(P)]
-            shares = input.reshape(-1).split(sizes)
-            results = output.view(-1).split(sizes)
-            own = results[self.rank]
-            terms = {j: shares[j] for j in self._others}
-            self._reductions.run(code("all_reduce"), terms, shares[self.rank], own, reduce_op)
-            give = dict.fromkeys(self._others, (own,))
-            self._exchange.run(code("all_reduce"), give, self._by_place(results), [(1,)])
+            self._all_reduce_shares(output, input, reduce_op)
 
     def reduce(self, output: Tensor, input: Tensor, reduce_op: str, dst: int) -> None:
         """On `dst`, `output` becomes the reduction of the places' `input`; elsewhere it is not written."""
@@ -216,8 +209,8 @@ class ShmTransport:
         self._turn.check()
         try:
             self._messages.recv(output, src)
-        except PeerError as error:
-            self._watch.fail(str(error), src)
+        except BaseException as error:
+            self._watch.fail(f"recv from place {src}: {error}", src)
             raise
 
     def barrier(self) -> None:
@@ -247,6 +240,30 @@ class ShmTransport:
     def _by_place(self, parts: Sequence[Tensor]) -> dict[int, tuple[Tensor]]:
         return {place: (parts[place],) for place in self._others}
 
+    def _all_reduce_shares(self, output: Tensor, input: Tensor, reduce_op: str) -> None:
+        """Each rank reduces a share, and pushes each piece of it into the others' results as soon as it has it."""
+        op, numel, P, exchange = code("all_reduce"), input.numel(), self.world_size, self._exchange
+        sizes = [numel * (place + 1) // P - numel * place // P for place in range(P)]
+        shares, results = input.reshape(-1).split(sizes), output.view(-1).split(sizes)
+        own = results[self.rank]
+        receive = self._by_place(results)
+        exchange.post(op, receive)
+        offsets: dict[int, int] = {}
+
+        def push(piece: Tensor) -> None:
+            if not offsets:
+                offsets.update((place, exchange.await_post(op, place, (own,))[0]) for place in self._others)
+            for place, offset in offsets.items():
+                if offset:
+                    self._watch.segments[place].make(offset, piece.shape, None, piece.dtype).copy_(piece)
+                    offsets[place] = offset + piece.numel() * piece.element_size()
+
+        terms = {place: shares[place] for place in self._others}
+        self._reductions.run(op, terms, shares[self.rank], own, reduce_op, push)
+        for place in self._others:
+            exchange.raise_flag(place)
+        exchange.finish(op, {place: (own,) for place, offset in offsets.items() if not offset}, receive)
+
     def _move(self, op: int, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
         """`exchange`, for views of any number of tensors."""
         most = self._exchange.most_tensors()
@@ -256,15 +273,14 @@ class ShmTransport:
             return
         receives = [output.unbind(0) for output in outputs if output.numel()]
         gives = [input.unbind(0) for input in inputs if input.numel()]
-        for receive, give in zip(receives, gives, strict=True):
-            receive[self.rank].copy_(give[self.rank])
         give_parts = {j: [give[j] for give in gives] for j in self._others}
         receive_parts = {i: [receive[i] for receive in receives] for i in self._others}
-        if all(output.numel() * output.element_size() <= self._eager_bytes * self.world_size for output in outputs):
-            self._exchange.through_channels(op, give_parts, receive_parts)
+        own = [(receive[self.rank], give[self.rank]) for receive, give in zip(receives, gives, strict=True)]
+        if all(target.numel() * target.element_size() <= self._eager_bytes for target, _ in own):
+            self._exchange.through_channels(op, give_parts, receive_parts, own)
         else:
-            strides = [receive[0].stride() for receive in receives]
-            self._exchange.run(op, give_parts, receive_parts, strides)
+            strides = [target.stride() for target, _ in own]
+            self._exchange.run(op, give_parts, receive_parts, strides, own)
 
 
 class _Turn:

@@ -137,10 +137,10 @@ class Watch:
             if culprit in (place, self.me):
                 return PeerError(f"place {place} (pid {peer.pid}) gave up with an error of its own", [place])
             return PeerError(f"place {place} (pid {peer.pid}) gave up waiting for place {culprit}", [culprit])
-        if not peer.alive():
-            return PeerError(f"place {place} (pid {peer.pid}) has died", [place])
         if words[STATE] == CLOSED:
             return PeerError(f"place {place} (pid {peer.pid}) has left the group", [place])
+        if not peer.alive():
+            return PeerError(f"place {place} (pid {peer.pid}) has died", [place])
         if late:
             text = f"place {place} (pid {peer.pid}) did not come within {self.timeout_s:g} s; its process "
             return PeerError(text + peer.condition(), [place])

@@ -1,0 +1,161 @@
+"""``python -m fvops.doctor``: is everything that fvops needs here, and does an exchange work?
+
+Alone it looks at this machine; under torchrun it also makes the groups and exchanges tensors for about a second:
+``torchrun --nproc-per-node 4 -m fvops.doctor``. Exit code 0 only if all is well.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from fvops import envs, parallel_state
+from fvops._version import __version__
+from fvops.device_communicators.library_loading import LibraryNotFoundError
+from fvops.platforms import default_backend, local_torch_device
+
+__all__ = ["Report", "examine_exchange", "examine_machine", "main"]
+
+_TORCH_SINCE = (2, 11)
+_SHM_WANTED = 256 << 20
+_SECONDS = 1.0
+_SHAPE_S, _HEADS, _HEAD_SIZE = 512, 8, 128
+
+
+@dataclass
+class Report:
+    """What was found, line by line, and whether anything is wrong."""
+
+    lines: list[str] = field(default_factory=list)
+    problems: int = 0
+
+    def say(self, what: str, found: object, problem: str = "") -> None:
+        """Add a line; `problem` says what is wrong with it and what would be right."""
+        self.problems += bool(problem)
+        self.lines.append(f"{'!!' if problem else 'ok'}  {what:<22} {found}{f'  <- {problem}' if problem else ''}")
+
+
+def examine_machine(report: Report) -> None:
+    """Versions, devices, room in shared memory, libraries."""
+    report.say("fvops, Python", f"{__version__}, {platform.python_version()} on {platform.machine()}")
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    wanted = ".".join(map(str, _TORCH_SINCE))
+    report.say("torch", torch.__version__, "" if version >= _TORCH_SINCE else f"needs {wanted} or later")
+    report.say("triton", _version("triton"))
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            report.say(f"cuda:{index}", torch.cuda.get_device_name(index))
+    else:
+        report.say("accelerator", f"none that torch sees; tensors on {local_torch_device(0)}")
+    _examine_shared_memory(report)
+    report.say("backend", f"{default_backend()} for the groups' tensors, gloo for the rest")
+    report.say("FVOPS_TRANSPORT", envs.FVOPS_TRANSPORT)
+    needed = torch.cuda.is_available() or envs.FVOPS_TRANSPORT == "nccl"
+    _examine_library(report, "NCCL", _load_nccl, needed)
+    _examine_library(report, "HCCL", _load_hccl, envs.FVOPS_TRANSPORT == "hccl" or default_backend() == "hccl")
+
+
+def examine_exchange(report: Report) -> None:
+    """The groups, their transports, and an exchange whose values are checked. Collective over torchrun's ranks."""
+    world = envs.WORLD_SIZE
+    started = not parallel_state.model_parallel_is_initialized()
+    if started:
+        parallel_state.maybe_init_distributed_environment_and_model_parallel(1, world)
+    group = parallel_state.get_sp_group()
+    communicator = group.device_communicator
+    transport = communicator.transport.name if communicator is not None else "none (one rank)"
+    report.say(f"group {group.unique_name}", f"{world} ranks on {group.device}, over {transport}")
+    rank, P = group.rank_in_group, group.world_size
+    x = torch.full((1, _SHAPE_S, _HEADS * P, _HEAD_SIZE), float(rank), device=group.device)
+    y = group.all_to_all_4D(x)
+    expected = torch.arange(float(P), device=group.device).repeat_interleave(_SHAPE_S)
+    right = bool((y == expected.view(1, -1, 1, 1)).all())
+    report.say(
+        "exchange", "values are right" if right else "WRONG VALUES", "" if right else "do not use this transport"
+    )
+    # The number of rounds is agreed beforehand: ranks that stopped by their own clocks would part.
+    start = time.perf_counter()
+    group.all_to_all_4D(x)
+    rounds = group.broadcast_object(max(3, min(10_000, int(_SECONDS / (time.perf_counter() - start)))))
+    start = time.perf_counter()
+    for _ in range(rounds):
+        y = group.all_to_all_4D(x)
+    if group.device.type != "cpu":
+        getattr(torch, group.device.type).synchronize(group.device)
+    seconds = (time.perf_counter() - start) / rounds
+    megabytes = x.numel() * x.element_size() / 1e6
+    report.say(
+        "speed", f"{megabytes:.1f} MB a rank in {seconds * 1e3:.2f} ms: {megabytes / seconds / 1e3:.2f} GB/s a rank"
+    )
+    if started:
+        parallel_state.cleanup_dist_env_and_memory()
+
+
+def main() -> int:
+    """Print the report of this rank 0; the exit code of every rank says whether its own is well."""
+    report = Report()
+    examine_machine(report)
+    if "RANK" in os.environ and envs.WORLD_SIZE > 1:
+        try:
+            examine_exchange(report)
+        except (RuntimeError, ValueError) as error:
+            report.say("exchange", "failed", str(error))
+    else:
+        report.say("exchange", "not tried: one process; torchrun --nproc-per-node N -m fvops.doctor does")
+    if envs.RANK == 0 or report.problems:
+        heading = f"fvops doctor, rank {envs.RANK} of {envs.WORLD_SIZE}"
+        verdict = "all is well" if report.problems == 0 else f"{report.problems} problem(s), marked !!"
+        print("\n".join([heading, *report.lines, verdict]), flush=True)
+    return 1 if report.problems else 0
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _examine_shared_memory(report: Report) -> None:
+    folder = "/dev/shm"
+    if not os.path.isdir(folder):
+        report.say(folder, "not there: CPU ranks exchange over gloo")
+        return
+    room = shutil.disk_usage(folder).free
+    report.say(
+        folder,
+        f"{room / 1e9:.1f} GB free",
+        "" if room >= _SHM_WANTED else "too little for exchanges of large tensors; in a container raise --shm-size",
+    )
+
+
+def _examine_library(report: Report, name: str, load: Callable[[], str], needed: bool) -> None:
+    try:
+        report.say(name, load())
+    except LibraryNotFoundError as error:
+        report.say(name, "not found" if needed else "not found (not needed here)", str(error) if needed else "")
+
+
+def _load_nccl() -> str:
+    from fvops.device_communicators.pynccl_wrapper import NCCLLibrary
+
+    library = NCCLLibrary()
+    return f"version {library.get_version()}, {library.path}"
+
+
+def _load_hccl() -> str:
+    from fvops.device_communicators.pyhccl_wrapper import HCCLLibrary
+
+    return HCCLLibrary().path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
