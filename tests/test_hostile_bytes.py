@@ -25,6 +25,7 @@ from fvops.serialization import decode, encode
 from fvops.utils import StatelessProcessGroup
 from tests.draws import profile
 from tests.harness import Ranks
+from tests.test_message_queue import _queue
 from tests.test_objects import Hostile
 
 
@@ -198,11 +199,13 @@ def _hostile_peer(frames: list[bytes], way: str) -> list[str]:
     from fvops.objects import Message
 
     group = fvops.get_sp_group()
+    queue = _queue() if way == "queue" else None
     ways: dict[str, tuple[Any, Any]] = {
         "broadcast": (lambda: group.broadcast_object(1), lambda: group.broadcast_object()),
         "list": (lambda: group.broadcast_object_list([1]), lambda: group.broadcast_object_list([1])),
         "send": (lambda: group.send_object(1, 1), lambda: group.recv_object(0)),
         "dict": (lambda: group.broadcast_tensor_dict({}), lambda: group.broadcast_tensor_dict()),
+        "queue": (lambda: queue.enqueue(1), lambda: queue.dequeue()),
         "send dict": (lambda: group.send_tensor_dict({}, 1), lambda: group.recv_tensor_dict(0)),
     }
     send, receive = ways[way]
@@ -221,8 +224,8 @@ def _hostile_peer(frames: list[bytes], way: str) -> list[str]:
 
 def test_a_hostile_peer_runs_nothing(two_ranks: Ranks, tmp_path: Path) -> None:
     frames = [*_pickles(tmp_path), b"", b"fvo1", bytes(encode(5)), bytes(_frame()[:50])]
-    for way in ("broadcast", "list", "send", "dict", "send dict"):
+    for way in ("broadcast", "list", "send", "dict", "send dict", "queue"):
         # An object that decodes is no attack on these two.
-        chosen = [frame for frame in frames if way != "send" or frame != bytes(encode(5))]
+        chosen = [frame for frame in frames if way not in ("send", "queue") or frame != bytes(encode(5))]
         assert len(two_ranks.run(_hostile_peer, chosen, way, deadline_s=60)[1]) == len(chosen)
     assert list(tmp_path.iterdir()) == []
