@@ -95,13 +95,16 @@ def _stop(limit: float) -> tuple[str, float]:
 
 
 def test_a_stopped_rank_is_told_at_the_deadline() -> None:
-    (text0, seconds0), (text1, _), (text2, _) = Ranks.get(3).run(_stop, 1.5)
-    assert 1.5 <= seconds0 < 10
-    assert "place 1" in text0
-    assert "did not come within 1.5 s; its process is stopped" in text0
+    first, (text1, _), third = Ranks.get(3).run(_stop, 1.5)
+    # Who started to wait first tells it, at its deadline; the other may learn it from that one.
+    told = [seconds for text, seconds in (first, third) if "did not come within 1.5 s; its process is stopped" in text]
+    assert told
+    assert all(1.5 <= seconds < 10 for seconds in told)
+    for text, _ in (first, third):
+        assert "place 1" in text
+        assert "its process is stopped" in text or "gave up waiting for place 1" in text
     # The others have given up by then, because of this one.
     assert "gave up with an error of its own" in text1
-    assert "its process is stopped" in text2 or "gave up waiting for place 1" in text2
 
 
 def _leave() -> str:
