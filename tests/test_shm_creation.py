@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,13 @@ import torch
 from tests.harness import Ranks
 from tests.shm_calls import Call, agree, fresh_transport, perform
 from tests.worlds import initialized
+
+
+@pytest.fixture
+def another_node() -> Iterator[str]:
+    """A folder that stands for another node's /dev/shm. In ours: a disk may be too full for a pool to take any of it."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield folder
 
 
 def _try(options: list[dict[str, Any]]) -> tuple[bool, str]:
@@ -63,13 +71,14 @@ def _belongings(folder: str) -> tuple[int, list[str]]:
     ("odd_one", "reason"),
     [
         ({"refusal": "FVOPS_TRANSPORT=gloo"}, "place 1: FVOPS_TRANSPORT=gloo"),
-        ({"folder": "/tmp"}, "different nodes"),
+        ({"folder": "another node's"}, "different nodes"),
         ({"folder": "/nowhere"}, "place 1: there is no /nowhere"),
         ({"segment_bytes": 4096}, "place 1: a segment of 4096 bytes (FVOPS_SHM_SEGMENT_MB) is below"),
         ({"segment_bytes": 32 << 20}, "place 1 wants another layout"),
     ],
 )
-def test_one_rank_that_cannot_is_enough_for_all(odd_one: dict[str, Any], reason: str) -> None:
+def test_one_rank_that_cannot_is_enough_for_all(another_node: str, odd_one: dict[str, Any], reason: str) -> None:
+    odd_one = {name: another_node if value == "another node's" else value for name, value in odd_one.items()}
     options: list[dict[str, Any]] = [{}, odd_one, {}]
     told = Ranks.get(3).run(_try, options)
     assert all(none for none, _ in told)
@@ -77,14 +86,14 @@ def test_one_rank_that_cannot_is_enough_for_all(odd_one: dict[str, Any], reason:
     assert len({words for _, words in told}) == 1 or "nodes" in reason
 
 
-def _two_nodes() -> tuple[bool, bool, list[Any]]:
+def _two_nodes(another_node: str) -> tuple[bool, bool, list[Any]]:
     """Four ranks, two on each node: the world gets no segments, each node's pair gets its own."""
     import fvops
     from fvops.device_communicators.shm import ShmTransport
 
     with initialized(1, 2):
         world, pair = fvops.get_world_group(), fvops.get_sp_group()
-        folder = "/dev/shm" if world.rank < 2 else "/tmp"
+        folder = "/dev/shm" if world.rank < 2 else another_node
         whole, _ = ShmTransport.create(world.cpu_group, "world", folder=folder)
         transport, words = ShmTransport.create(pair.cpu_group, "pair", folder=folder, eager_bytes=0, timeout_s=30.0)
         assert transport is not None, words
@@ -104,8 +113,8 @@ def _pair_calls(node: int) -> list[Call]:
     ]
 
 
-def test_groups_on_two_nodes() -> None:
-    told = Ranks.get(4).run(_two_nodes, initialize=False)
+def test_groups_on_two_nodes(another_node: str) -> None:
+    told = Ranks.get(4).run(_two_nodes, another_node, initialize=False)
     for node in (0, 1):
         for number, call in enumerate(_pair_calls(node)):
             agree(call, [told[rank][2][number] for rank in (2 * node, 2 * node + 1)], 2)
