@@ -20,7 +20,7 @@ from tests.worlds import initialized
 
 @pytest.fixture
 def another_node() -> Iterator[str]:
-    """A folder that stands for another node's /dev/shm. In ours: a disk may be too full for a pool to take any of it."""
+    """A folder that stands for another node's /dev/shm; in ours, for a disk may be too full for a pool."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         yield folder
 
