@@ -1,5 +1,34 @@
-"""Fixtures of both test folders."""
+"""Fixtures of both test folders, and what `make test` leaves to `make test-slow` so as to stay under ten minutes."""
+
+from __future__ import annotations
+
+import pytest
 
 from tests.fixtures import ranks, two_ranks
 
 __all__ = ["ranks", "two_ranks"]
+
+# At three ranks only: the op suite and test_transports.py run all ops at 2, 3 and 4 over the same code.
+_AT_THREE = {
+    "test_shm_collectives",
+    "test_pynccl_double",
+    "test_pyhccl_double",
+    "test_message_queue",
+    "test_tensor_dicts",
+    "test_stateless_group",
+}
+# GPU tests whose bodies can run on CPU ranks: there to see that they run at all.
+_ON_CPU = {"cpu", "double"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        module = item.path.stem
+        call = getattr(item, "callspec", None)
+        if call is None:
+            continue
+        if module in _AT_THREE and call.params.get("ranks", 3) != 3:
+            item.add_marker(pytest.mark.slow)
+        if module.startswith("test_gpu_") and _ON_CPU & set(call.id.split("-")):
+            item.add_marker(pytest.mark.slow)
