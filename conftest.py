@@ -17,6 +17,12 @@ _AT_THREE = {
     "test_tensor_dicts",
     "test_stateless_group",
 }
+# What another parameter covers already: training compiles forward too, dynamic shapes take the static path first.
+_COVERED = {
+    "test_eight_sequence_lengths[2-inductor-default-inference]",
+    "test_eight_sequence_lengths[2-inductor-dynamic-inference]",
+    "test_refusals[2-False-static]",
+}
 # GPU tests whose bodies can run on CPU ranks: there to see that they run at all.
 _ON_CPU = {"cpu", "double"}
 
@@ -28,6 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         call = getattr(item, "callspec", None)
         if call is None:
             continue
+        if item.name in _COVERED:
+            item.add_marker(pytest.mark.slow)
         if module in _AT_THREE and call.params.get("ranks", 3) != 3:
             item.add_marker(pytest.mark.slow)
         if module.startswith("test_gpu_") and _ON_CPU & set(call.id.split("-")):
