@@ -100,9 +100,9 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
     for panel, P in zip(panels[0], worlds, strict=True):
         of_world = sorted((row for row in exchanges if row["P"] == P), key=lambda row: row["bytes"])
         for name in of_world[0]["ms"]:
-            style = {"linestyle": "--", "color": "black"} if name == FLOOR else {"marker": "o", "markersize": 4}
+            style = {"linestyle": "--", "color": "gray"} if name == FLOOR else {"marker": "o", "markersize": 4}
             if name == "fvops":
-                style = {"marker": "o", "linewidth": 3, "color": "tab:red"}
+                style = {"marker": "o", "linewidth": 3, "color": "black"}
             panel.plot(
                 [row["bytes"] / 1e6 for row in of_world], [row["ms"][name] for row in of_world], label=name, **style
             )
