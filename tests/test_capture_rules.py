@@ -27,8 +27,11 @@ class _Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.forbidden: list[str] = []
+        # Memory that torch's allocator gave out, or the caller: what a graph's pool would hold.
+        self.memory: list[tuple[int, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._note(args)
         if func.namespace == "fvops":
             # The op's own implementation, so that what it does is seen.
             with self:
@@ -36,7 +39,43 @@ class _Watch(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         if func.namespace != "aten" or name not in ALLOWED:
             self.forbidden.append(str(func))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        self._note([result])
+        return result
+
+    def _note(self, values: Any) -> None:
+        for tensor in values:
+            if isinstance(tensor, torch.Tensor):
+                start = tensor.untyped_storage().data_ptr()
+                self.memory.append((start, start + max(1, tensor.untyped_storage().nbytes())))
+
+    def holds(self, address: int) -> bool:
+        """Is `address` in memory that was seen?"""
+        return any(start <= address < end for start, end in self.memory)
+
+
+class _Addresses:
+    """The library, and the addresses that it is handed: a replay uses the same ones."""
+
+    NAMES = ("all_reduce", "reduce", "all_gather", "reduce_scatter", "broadcast", "send", "recv", "all_to_all")
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+        self.given: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._library, name)
+        if name not in self.NAMES:
+            return found
+
+        def noted(*args: Any) -> Any:
+            buffers = (
+                2 if name in ("all_reduce", "reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast") else 1
+            )
+            self.given.extend(args[:buffers])
+            return found(*args)
+
+        return noted
 
 
 class _Capturing:
@@ -91,12 +130,17 @@ def _under_capture(warm: bool) -> tuple[dict[str, str], list[str]]:
         group.warmup([(1, 2, 2, 2)], torch.float32)
     calls = _calls(group)
     before = {name: call() for name, call in calls.items()} if warm else {}
+    group.barrier()  # what a thread sends for the calls above is sent
     streams = _Capturing(communicator._streams)
     places = [communicator, communicator.library_comm, communicator.transport._lanes]
     lanes = communicator.transport._lanes
     places += [*lanes._out.values(), *lanes._in.values()]
     for place in places:
         place._streams = streams
+    comms = [communicator.library_comm, *lanes._in.values(), *(lane._comm for lane in lanes._out.values())]
+    addresses = [_Addresses(comm.library) for comm in comms]
+    for comm, library in zip(comms, addresses, strict=True):
+        comm.library = library
     told = {}
     for name, call in [*calls.items(), ("barrier", group.barrier)]:
         try:
@@ -104,10 +148,19 @@ def _under_capture(warm: bool) -> tuple[dict[str, str], list[str]]:
                 result = call()
             same = name not in before or all(map(_equal, _list(result), _list(before[name])))
             told[name] = f"forbidden: {watch.forbidden}" if watch.forbidden else "ok" if same else "other values"
+            given = [address for library in addresses for address in library.given]
+            if warm and name != "barrier" and not given:
+                told[name] = "the library was handed nothing"
+            if not all(map(watch.holds, given)):
+                told[name] = "the library was handed memory that is neither the caller's nor from torch's allocator"
+            for library in addresses:
+                library.given.clear()
         except RuntimeError as error:
             told[name] = str(error)
     for place in places:
         place._streams = streams._streams
+    for comm, library in zip(comms, addresses, strict=True):
+        comm.library = library._library
     group.destroy()
     return told, sorted(set(streams.asked))
 
