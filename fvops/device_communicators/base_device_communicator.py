@@ -1,4 +1,4 @@
-"""A group's collectives on real tensors: check, record, pack, hand to the transport, unpack.
+"""A group's collectives on real tensors: check, record, cut into rank-major parts, hand to the transport.
 
 `DeviceCommunicatorBase` works on any device that torch.distributed has a backend for. A subclass overrides what its
 device can do better; the ops and the groups never look below this interface.
