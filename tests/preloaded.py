@@ -9,6 +9,6 @@ import os
 # Read when Inductor is imported; with more, it would start a pool of processes.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-import torch._inductor.compile_fx
+import torch._inductor.compile_fx  # noqa: F401
 
 import fvops  # noqa: F401
