@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fvops import checks, envs, ops, registry
 from fvops.agreement import agree_on_max, fresh_number
+from fvops.debug import check as debug_check
 from fvops.device_communicators.base_device_communicator import DeviceCommunicatorBase
 from fvops.device_communicators.choice import build_communicator
-from fvops.device_communicators.roll_call import RollCall
 from fvops.device_communicators.shm_broadcast import MessageQueue
 from fvops.graph_capture import capture_on_side_stream
 from fvops.group_objects import GroupObjects
@@ -117,13 +117,14 @@ class GroupCoordinator(GroupObjects):
         self._owned_groups = owned_groups
         communicator = build_communicator(cpu_group, self.device, device_group, self.unique_name)
         # The name may have belonged to another group before; its failures are not this one's.
-        communicator.roll_call = RollCall(self.unique_name, fresh_number(cpu_group), self.rank_in_group)
+        communicator.live(fresh_number(cpu_group))
         self._communicator: DeviceCommunicatorBase | None = communicator
         # The ops always have one to run on; the attribute is None where upstream's is.
         self.device_communicator: DeviceCommunicatorBase | None = (
             communicator if use_device_communicator and self.world_size > 1 else None
         )
         registry.register(self.unique_name, communicator)
+        debug_check.follow_variable()
         _live.append(self)
         logger.info(
             "group %r: ranks %s, %s, transport %s",
@@ -317,6 +318,7 @@ class GroupCoordinator(GroupObjects):
         if self._communicator is None:
             return
         registry.unregister(self.unique_name)
+        debug_check.leave(self._communicator.member)
         self._close_objects()
         self._communicator.destroy()
         self._communicator = self.device_communicator = None
