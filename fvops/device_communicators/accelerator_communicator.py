@@ -24,8 +24,9 @@ class AcceleratorCommunicator(DeviceCommunicatorBase):
     """Over the vendor's collective library where every rank of the group has it, else over the torch process group.
 
     Chosen once, at creation, alike on all ranks; ``FVOPS_TRANSPORT`` can ask for either, and then gets the library for
-    a group of one rank too, so that one GPU can exercise it. Torch's own NCCL or HCCL
-    communicator, which costs over half a gigabyte, is made by torch at its first use: never, with the library.
+    a group of one rank too, so that one GPU can exercise it. A connection costs over half a gigabyte of a GPU's memory:
+    the library's is made at the group's first collective (`warmup` is one), torch's own at torch's first, which with
+    the library never comes.
     """
 
     LIBRARY: ClassVar[type[LibraryCommunicator]]
@@ -40,7 +41,9 @@ class AcceleratorCommunicator(DeviceCommunicatorBase):
         # A program that asked for gloo on an accelerator gets gloo, unless it also asks for the library.
         automatic = wanted == "auto" and self.world_size > 1 and dist.get_backend(self.device_group) != "gloo"
         if named or automatic:
-            comm = self.LIBRARY(self.cpu_group, self.device, allow_single_rank=named, group_name=self.unique_name)
+            comm = self.LIBRARY(
+                self.cpu_group, self.device, allow_single_rank=named, group_name=self.unique_name, lazy=True
+            )
             if comm.available:
                 self.library_comm = comm
                 prefix = f"fvops/lanes/{self.unique_name}/{fresh_number(self.cpu_group)}"

@@ -52,9 +52,12 @@ class PyHcclCommunicator(LibraryCommunicator):
         *,
         allow_single_rank: bool = False,
         group_name: str | None = None,
+        lazy: bool = False,
     ) -> None:
         self._batch: list[tuple[Tensor, int, bool]] = []  # tensor, peer, is it a send
-        super().__init__(group, device, library_path, allow_single_rank=allow_single_rank, group_name=group_name)
+        super().__init__(
+            group, device, library_path, allow_single_rank=allow_single_rank, group_name=group_name, lazy=lazy
+        )
 
     @property
     def hccl(self) -> HCCLLibrary:
