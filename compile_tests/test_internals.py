@@ -82,3 +82,18 @@ def test_cache_keys_hold_the_mark() -> None:
     assert config.unsafe_marked_cacheable_functions["torch.ops.higher_order.with_effects"] == salt()
     assert salt() in str(config.save_config_portable(ignore_private_configs=False))
     assert torch.ops.higher_order.with_effects.cacheable()
+
+
+def test_symmetric_memory() -> None:
+    """fvops/torch_compat.py: the names and the arguments that it uses; what they do needs a GPU."""
+    from torch._C._distributed_c10d import _SymmetricMemory
+    from torch.distributed import _symmetric_memory
+
+    text = _SymmetricMemory.empty_strided_p2p.__doc__ or ""
+    positions = [text.find(name) for name in ("size:", "stride:", "dtype:", "device:", "group_name:")]
+    assert -1 not in positions, text
+    assert positions == sorted(positions), text
+    assert list(inspect.signature(_symmetric_memory.rendezvous).parameters) == ["tensor", "group"]
+    assert isinstance(_SymmetricMemory.buffer_ptrs, property)
+    with pytest.raises(RuntimeError):  # no such memory for CPU tensors
+        _SymmetricMemory.empty_strided_p2p((64,), (1,), torch.uint8, torch.device("cpu"))
