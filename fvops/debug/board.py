@@ -6,6 +6,7 @@ only connection against another's.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -50,17 +51,16 @@ class Board:
             self._store.delete_key(f"{_PREFIX}/{key}")
 
 
-class _gone:
+@contextlib.contextmanager
+def _gone() -> Iterator[None]:
     """Says what an error of the store means."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, RuntimeError):  # DistStoreError and DistNetworkError are RuntimeErrors
-            raise RuntimeError(
-                "the ranks cannot compare their calls any more: torch.distributed's store is gone, "
-                f"and with it perhaps global rank 0 ({str(error).splitlines()[0]})"
-            ) from error
+    try:
+        yield
+    except RuntimeError as error:  # DistStoreError and DistNetworkError are RuntimeErrors
+        raise RuntimeError(
+            "the ranks cannot compare their calls any more: torch.distributed's store is gone, "
+            f"and with it perhaps global rank 0 ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def pauses() -> Iterator[float]:

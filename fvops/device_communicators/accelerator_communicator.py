@@ -64,14 +64,13 @@ class AcceleratorCommunicator(DeviceCommunicatorBase):
         # A program that asked for gloo on an accelerator gets gloo, unless it also asks for the library.
         automatic = wanted in ("auto", "symm") and self.world_size > 1 and dist.get_backend(self.device_group) != "gloo"
         if named or automatic:
-            comm = self.LIBRARY(
-                self.cpu_group, self.device, allow_single_rank=named, group_name=self.unique_name, lazy=True
-            )
+            options = self._options(self.unique_name)
+            comm = self.LIBRARY(self.cpu_group, self.device, **options, allow_single_rank=named, lazy=True)
             if comm.available:
                 self.library_comm = comm
                 prefix = f"fvops/lanes/{self.unique_name}/{fresh_number(self.cpu_group)}"
                 lanes = Lanes(self._pair, prefix, self.rank, self._streams)
-                return LibraryTransport(comm, self.cpu_group, lanes)
+                return LibraryTransport(comm, self.cpu_group, lanes, self.timeout_s)
             if named:
                 raise RuntimeError(
                     f"group {self.unique_name!r}: FVOPS_TRANSPORT={wanted}, but {self.LIBRARY.BACKEND} cannot be used: "
@@ -80,7 +79,10 @@ class AcceleratorCommunicator(DeviceCommunicatorBase):
         return super()._make_transport()
 
     def _pair(self, ends: StatelessProcessGroup, name: str) -> LibraryCommunicator:
-        return self.LIBRARY(ends, self.device, group_name=name)
+        return self.LIBRARY(ends, self.device, **self._options(name))
+
+    def _options(self, name: str) -> dict[str, Any]:
+        return {"group_name": name, "timeout_s": self.timeout_s}
 
     def _issue(self, op: str, tensors: Any, arguments: dict[str, Any], call: Callable[..., Any], *args: Any) -> None:
         if self._symmetric is not None:

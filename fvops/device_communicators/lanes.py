@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from fvops.device_communicators.flat_transport import RefusedError
 from fvops.device_communicators.library_communicator import LibraryCommunicator
 from fvops.device_communicators.library_streams import Streams
 from fvops.device_communicators.pending_sends import PendingSends
@@ -32,6 +33,7 @@ class Lanes:
         prefix: of the store's keys; no other group, now or earlier, may have the same.
         rank: this rank's place.
         streams: of the device.
+        timeout_s: deadline of each wait for the other end, seconds.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Lanes:
         """Fill `buffer` with what place `src` sends."""
         if src not in self._in:
             if self._streams.capturing():
-                raise RuntimeError(
+                raise RefusedError(
                     f"the first message from place {src} is inside a CUDA-graph capture, where no connection can be "
                     "made; receive one before capturing"
                 )
@@ -95,7 +97,7 @@ class _OutgoingLane:
     def send(self, buffer: Tensor) -> None:
         if self._streams.capturing():
             if self._comm is None:
-                raise RuntimeError(
+                raise RefusedError(
                     f"the first message of {self._name} is inside a CUDA-graph capture, where no connection can be "
                     "made; send one before capturing"
                 )

@@ -32,8 +32,8 @@ class LibraryConnection(ABC):
     """One communicator. Peers are places in `group`; tensors are contiguous and on `device`.
 
     With one rank (unless `allow_single_rank`), or where any rank has no library, it is disabled on every rank: it can
-    be asked and destroyed, and its calls raise RuntimeError. A call that fails or outlasts ``FVOPS_TIMEOUT_S`` (read
-    here) aborts the communicator; from then on every call raises, and `abort_reason` says why.
+    be asked and destroyed, and its calls raise RuntimeError. A call that fails or outlasts its
+    deadline aborts the communicator; from then on every call raises, and `abort_reason` says why.
 
     Args:
         group: a ProcessGroup that carries CPU tensors, None for the default one, or a `StatelessGroup`.
@@ -41,6 +41,7 @@ class LibraryConnection(ABC):
         library_path: the library to load; default: see `library_loading`.
         allow_single_rank: also communicate with oneself.
         group_name: the group's name in messages; default: the process group's own.
+        timeout_s: deadline of each call and of the start, seconds; default ``FVOPS_TIMEOUT_S``, read here.
         lazy: settle here only whether the group has the library, and connect at the first call, which every rank must
             make: a connection costs over half a gigabyte of a GPU's memory, and not every group is used.
 
@@ -71,6 +72,7 @@ class LibraryConnection(ABC):
         *,
         allow_single_rank: bool = False,
         group_name: str | None = None,
+        timeout_s: float | None = None,
         lazy: bool = False,
     ) -> None:
         bootstrap = Bootstrap(group, self.BACKEND, group_name)
@@ -90,7 +92,7 @@ class LibraryConnection(ABC):
         self._group_streams: list[Any] = []
         self._watchdog = Watchdog(
             self.group_name,
-            envs.FVOPS_TIMEOUT_S,
+            envs.FVOPS_TIMEOUT_S if timeout_s is None else timeout_s,
             abort=self._abort,
             async_error=self._async_error,
             busy=lambda: self._group_depth > 0,
@@ -189,7 +191,7 @@ class LibraryConnection(ABC):
             if self.comm is None:
                 raise RuntimeError(
                     f"{self.NAME}: initialisation of rank {self.rank} of {self.world_size} on group "
-                    f"{self.group_name!r}: not all ranks came within {deadline_s:g} s (FVOPS_TIMEOUT_S)"
+                    f"{self.group_name!r}: not all ranks came within {deadline_s:g} s"
                 )
         self.unique_id = unique_id
 
@@ -207,6 +209,10 @@ class LibraryConnection(ABC):
     def broken(self) -> bool:
         """Was it aborted?"""
         return self._watchdog.reason is not None
+
+    def abort(self, reason: str) -> None:
+        """Break the communicator: every later call raises with `reason`. Safe to call twice."""
+        self._watchdog.break_with(reason)
 
     def destroy(self, deadline_s: float | None = None) -> None:
         """Flush and free the communicator; after `deadline_s` seconds (default: its deadline) it is aborted instead.

@@ -221,6 +221,14 @@ class ShmTransport:
             for place in self._others:
                 self._watch.reach(self._watch.segments[place], BARRIERS, self._barriers, place)
 
+    def waiting_for(self) -> list[int]:
+        """The places that threads of this rank sleep for at this moment."""
+        return list(self._watch.waiting.values())
+
+    def give_up(self, reason: str) -> None:
+        """Break the group, and tell the ranks that wait for this one."""
+        self._watch.fail(reason, self.rank)
+
     def close(self) -> None:
         """Leave the group: later calls are refused, results stay valid. Not collective; safe to call twice.
 
