@@ -6,10 +6,10 @@ function and guards on it: a group re-created under the same name with the same 
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fvops import checks, envs, ops, registry
+from fvops.agreement import agree_on_max, fresh_number
+from fvops.debug import check as debug_check
 from fvops.device_communicators.base_device_communicator import DeviceCommunicatorBase
 from fvops.device_communicators.choice import build_communicator
-from fvops.device_communicators.roll_call import RollCall
 from fvops.device_communicators.shm_broadcast import MessageQueue
 from fvops.graph_capture import capture_on_side_stream
 from fvops.group_objects import GroupObjects
@@ -112,18 +113,18 @@ class GroupCoordinator(GroupObjects):
         self.device = device
         self.use_device_communicator = use_device_communicator
         self.use_custom_op_call = True
-        self.unique_name = registry.agree_on_name(group_name or "anonymous", self._agree_on_max)
+        self.unique_name = registry.agree_on_name(group_name or "anonymous", partial(agree_on_max, cpu_group=cpu_group))
         self._owned_groups = owned_groups
         communicator = build_communicator(cpu_group, self.device, device_group, self.unique_name)
         # The name may have belonged to another group before; its failures are not this one's.
-        life = self._agree_on_max(secrets.randbits(62))
-        communicator.roll_call = RollCall(self.unique_name, life, self.rank_in_group)
+        communicator.live(fresh_number(cpu_group))
         self._communicator: DeviceCommunicatorBase | None = communicator
         # The ops always have one to run on; the attribute is None where upstream's is.
         self.device_communicator: DeviceCommunicatorBase | None = (
             communicator if use_device_communicator and self.world_size > 1 else None
         )
         registry.register(self.unique_name, communicator)
+        debug_check.follow_variable()
         _live.append(self)
         logger.info(
             "group %r: ranks %s, %s, transport %s",
@@ -132,11 +133,6 @@ class GroupCoordinator(GroupObjects):
             self.device,
             communicator.transport.name,
         )
-
-    def _agree_on_max(self, number: int) -> int:
-        agreed = torch.tensor(number)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.cpu_group)
-        return int(agreed)
 
     @classmethod
     def from_process_group(cls, pg: dist.ProcessGroup, group_name: str | None = None) -> GroupCoordinator:
@@ -322,6 +318,7 @@ class GroupCoordinator(GroupObjects):
         if self._communicator is None:
             return
         registry.unregister(self.unique_name)
+        debug_check.leave(self._communicator.member)
         self._close_objects()
         self._communicator.destroy()
         self._communicator = self.device_communicator = None

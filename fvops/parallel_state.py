@@ -206,7 +206,7 @@ def init_distributed_environment(
         check_same_ops(world.cpu_group)
         nodes = node_ranks(world.cpu_group, world_size)
         node = init_model_parallel_group(nodes, local_rank, backend, group_name="node", device=world.device)
-    except BaseException:
+    except BaseException:  # even interrupted, no half-made state may stay
         world.destroy()
         raise
     _WORLD, _NODE = world, node

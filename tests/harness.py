@@ -1,8 +1,9 @@
 """Tests over real processes: n ranks on this machine that serve one test after another.
 
 `Ranks(n).run(function, *args)` calls ``function(*args)`` on every rank and returns the ranks' results. The function is
-a module's top-level function; arguments and results are what `torch.save` takes. Workers are spawned once per world
-size (importing torch costs seconds) and hold an initialized fvops with one sequence-parallel group over all ranks.
+a module's top-level function; arguments and results are what `torch.save` takes. Workers are started once per world
+size, forked from a server that has imported torch (`preloaded`), and hold an initialized fvops with one
+sequence-parallel group over all ranks.
 
 Every run has a deadline. When it passes, every rank's Python stacks and log are printed and all are killed. An error of
 any rank is raised with its own traceback. After either, the next run gets new processes.
@@ -53,7 +54,7 @@ class Ranks:
         self.transport = transport
         self._folder = Path(tempfile.mkdtemp(prefix=f"fvops-ranks{world_size}-"))
         self._jobs = 0
-        context = multiprocessing.get_context("spawn")
+        context = _context(transport)
         variables = _variables(transport)
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
@@ -181,6 +182,15 @@ def _kill_all() -> None:
         pool.kill()
 
 
+def _context(transport: str) -> Any:
+    """How workers are started: afresh where they use a GPU, which may not be looked at before a fork."""
+    if transport.startswith("gpu-"):
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    return context
+
+
 def _variables(transport: str) -> dict[str, str]:
     """The environment of workers that use `transport`."""
     if transport == "gpu-nccl":
@@ -217,9 +227,8 @@ def _serve(rank: int, world_size: int, folder: str, connection: Connection, vari
     # No test waits for it. Long, since a rank that is starved of processor time may compile for minutes; a hang is
     # ended by the run's own deadline, with every rank's stacks.
     os.environ.setdefault("FVOPS_TIMEOUT_S", "300")
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     torch.set_num_threads(1)
-    import fvops  # noqa: F401  (now rather than in the first test's time)
+    from tests import preloaded  # noqa: F401  (now rather than in the first test's time)
 
     connection.send_bytes(_dump(("ok", None)))
     while True:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 import torch.distributed as dist
 
 from fvops import checks, envs
+from fvops.agreement import fresh_number
 from fvops.device_communicators.base_device_communicator import DeviceCommunicatorBase
 from fvops.device_communicators.flat_transport import FlatTransport
 from fvops.device_communicators.lanes import Lanes
 from fvops.device_communicators.library_communicator import LibraryCommunicator
 from fvops.device_communicators.library_streams import Streams
 from fvops.device_communicators.library_transport import LibraryTransport
+from fvops.stateless_process_group import StatelessProcessGroup
 
 __all__ = ["AcceleratorCommunicator"]
 
@@ -43,8 +43,8 @@ class AcceleratorCommunicator(DeviceCommunicatorBase):
             comm = self.LIBRARY(self.cpu_group, self.device, allow_single_rank=named, group_name=self.unique_name)
             if comm.available:
                 self.library_comm = comm
-                prefix = f"fvops/lanes/{self.unique_name}/{_common_number(self.cpu_group)}"
-                lanes = Lanes(lambda pair: self.LIBRARY(pair, self.device), prefix, self.rank, self._streams)
+                prefix = f"fvops/lanes/{self.unique_name}/{fresh_number(self.cpu_group)}"
+                lanes = Lanes(self._pair, prefix, self.rank, self._streams)
                 return LibraryTransport(comm, self.cpu_group, lanes)
             if named:
                 raise RuntimeError(
@@ -52,6 +52,9 @@ class AcceleratorCommunicator(DeviceCommunicatorBase):
                     f"{comm.why_disabled}"
                 )
         return super()._make_transport()
+
+    def _pair(self, ends: StatelessProcessGroup, name: str) -> LibraryCommunicator:
+        return self.LIBRARY(ends, self.device, group_name=name)
 
     def _issue(self, op: str, tensors: Any, arguments: dict[str, Any], call: Callable[..., Any], *args: Any) -> None:
         if not self._streams.capturing():
@@ -69,9 +72,3 @@ class AcceleratorCommunicator(DeviceCommunicatorBase):
                 "connections cannot be made; call the group's warmup(shapes, dtype) on every rank before capturing"
             )
         super()._issue(op, tensors, arguments, call, *args)
-
-
-def _common_number(group: dist.ProcessGroup) -> int:
-    number = torch.tensor(secrets.randbits(62))
-    dist.all_reduce(number, op=dist.ReduceOp.MAX, group=group)
-    return int(number)

@@ -1,4 +1,4 @@
-"""A group's collectives on real tensors: check, record, pack, hand to the transport, unpack.
+"""A group's collectives on real tensors: check, record, cut into rank-major parts, hand to the transport.
 
 `DeviceCommunicatorBase` works on any device that torch.distributed has a backend for. A subclass overrides what its
 device can do better; the ops and the groups never look below this interface.
@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fvops import checks, debug, envs
+from fvops import checks, envs
+from fvops.debug.calls import Call, Member, observe, observers
 from fvops.device_communicators.process_group_transport import ProcessGroupTransport
 from fvops.device_communicators.roll_call import RollCall
 from fvops.device_communicators.solo_transport import SoloTransport
@@ -59,7 +60,12 @@ class DeviceCommunicatorBase:
         self.global_world_size = dist.get_world_size()
         self.transport = self._make_transport()
         self._issued: dict[str, int] = {}
-        self.roll_call = RollCall(unique_name, 0, self.rank)
+        self.live(0)
+
+    def live(self, number: int) -> None:
+        """Begin a life: `number`, on which the ranks agreed, tells this group from earlier ones of its name."""
+        self.member = Member(self.unique_name, number, self.rank, tuple(self.ranks), envs.FVOPS_TIMEOUT_S)
+        self.roll_call = RollCall(self.unique_name, number, self.rank)
 
     def all_reduce(self, input_: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """The reduction of the ranks' tensors; `op` is a ReduceOp or its name (see `reduce_op_name`)."""
@@ -262,8 +268,8 @@ class DeviceCommunicatorBase:
         # Collectives are counted alike on all ranks, messages between two ranks on both of them.
         way = "collective" if peer is None else f"{self.rank}-{peer}" if op == "send" else f"{peer}-{self.rank}"
         self._issued[way] = number = self._issued.get(way, 0) + 1
-        if debug.recorders:
-            debug.record(_record(self.unique_name, op, _list(tensors), arguments))
+        if observers:
+            observe(Call(self.member, op, tuple(_list(tensors)), arguments, way, number))
         try:
             call(*args)
         except RuntimeError as error:
@@ -284,17 +290,6 @@ class DeviceCommunicatorBase:
 
 def _list(tensors: Tensor | list[Tensor] | None) -> list[Tensor]:
     return [] if tensors is None else [tensors] if isinstance(tensors, Tensor) else tensors
-
-
-def _record(group: str, op: str, tensors: list[Tensor], arguments: dict[str, Any]) -> debug.CollectiveRecord:
-    return debug.CollectiveRecord(
-        group=group,
-        op=op,
-        shapes=tuple(tuple(tensor.shape) for tensor in tensors),
-        dtype=tensors[0].dtype if tensors else None,
-        arguments=tuple(arguments.items()),
-        nbytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-    )
 
 
 def _needs_grad(tensor: Tensor) -> bool:

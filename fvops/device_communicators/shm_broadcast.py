@@ -186,7 +186,7 @@ class MessageQueue:
         """After an error in the middle of an object the ends do not agree on where they are."""
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # whatever it was, the stream is cut in the middle
             self._broken = f"it failed in the middle of an object ({error})"
             self.close()
             raise

@@ -209,7 +209,7 @@ class ShmTransport:
         self._turn.check()
         try:
             self._messages.recv(output, src)
-        except BaseException as error:
+        except BaseException as error:  # an interrupt too: the place in the stream of messages is lost
             self._watch.fail(f"recv from place {src}: {error}", src)
             raise
 
@@ -304,7 +304,7 @@ class _Turn:
         self._lock.acquire()
         try:
             self.check()
-        except BaseException:
+        except BaseException:  # `__exit__` is not called when this raises
             self._lock.release()
             raise
 
