@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fvops import envs
-from fvops.device_communicators.flat_transport import FlatTransport
+from fvops.device_communicators.flat_transport import FlatTransport, RefusedError
 from fvops.device_communicators.library_streams import Streams, let_thread_query_during_capture
 from fvops.device_communicators.symmetric_buffer import SymmetricBuffer, TorchSymmetricBuffer
 from fvops.device_communicators.symmetric_creation import agree, form_buffers
@@ -52,13 +52,14 @@ class SymmetricTransport(FlatTransport):
         streams: Streams,
         kind: type[SymmetricBuffer],
         buffer: SymmetricBuffer,
+        timeout_s: float,
     ) -> None:
         self.base = base
         self.device, self.world_size = base.device, base.world_size
         self.name = f"symmetric memory, else {base.name}"
         self.op = "exchange"
         self._cpu_group, self._unique_name, self._streams, self._kind = cpu_group, unique_name, streams, kind
-        self._deadline_s = envs.FVOPS_TIMEOUT_S
+        self._deadline_s = timeout_s
         self._most_bytes = envs.FVOPS_SYMM_SLOT_MB << 20
         self._buffer = buffer
         self._captured = False
@@ -76,20 +77,23 @@ class SymmetricTransport(FlatTransport):
         unique_name: str,
         streams: Streams,
         kind: type[SymmetricBuffer] = TorchSymmetricBuffer,
+        timeout_s: float | None = None,
     ) -> tuple[SymmetricTransport | None, str]:
         """The transport and what was set up, or None and why not; alike on all ranks. Collective.
 
-        The ranks must share a node, map each other's memory, and get from a first exchange what `base` gives them.
+        The ranks must share a node, map each other's memory, and get from a first exchange what they should.
+        `timeout_s` is the deadline of a wait, default ``FVOPS_TIMEOUT_S``.
         """
+        timeout_s = envs.FVOPS_TIMEOUT_S if timeout_s is None else timeout_s
         refusal = agree(cpu_group, kind.refusal(base.device) or _no_triton())
         if not refusal and not all(is_the_same_node_as(cpu_group)):
             refusal = "the ranks are on different nodes"
         if refusal:
             return None, refusal
-        buffer, refusal = form_buffers(kind, cpu_group, base.device, _FIRST_SLOT_BYTES, envs.FVOPS_TIMEOUT_S)
+        buffer, refusal = form_buffers(kind, cpu_group, base.device, _FIRST_SLOT_BYTES, timeout_s)
         if buffer is None:
             return None, refusal
-        transport = cls(base, cpu_group, unique_name, streams, kind, buffer)
+        transport = cls(base, cpu_group, unique_name, streams, kind, buffer, timeout_s)
         for number in range(SLOTS):
             refusal = agree(cpu_group, transport._proof(number))
             if refusal:
@@ -131,7 +135,7 @@ class SymmetricTransport(FlatTransport):
         """Have slots of `needed` bytes; False, on all ranks, when there is no memory for them. Collective."""
         size = self._buffer.room.slot_bytes
         if self._streams.capturing():
-            raise RuntimeError(
+            raise RefusedError(
                 f"results of {needed} bytes do not fit into the symmetric buffer's slots of {size} bytes, which "
                 "cannot grow inside a CUDA-graph capture; call the group's warmup(shapes, dtype) with these shapes on "
                 "every rank before capturing"
@@ -162,23 +166,23 @@ class SymmetricTransport(FlatTransport):
         return True
 
     def _proof(self, number: int) -> str:
-        """Exchange a little both ways, for one of the slots; empty when the results agree, else what went wrong.
-
-        It also has `base` make its connections, outside a capture, for exchanges that are too large later.
-        """
+        """Exchange a little, in slot `number`: empty when what comes is right, else what went wrong."""
         P, place = self.world_size, dist.get_rank(self._cpu_group)
         try:
             x = torch.arange(96 * P, dtype=torch.float32, device=self.device).view(2, 3, 2 * P, 8)
-            x += 1000 * (place + number)
             got, wanted = (x.new_zeros(2, 3 * P, 2, 8) for _ in range(2))
-            self.base.exchange([layout.sequence_by_rank(wanted, P)], [layout.heads_by_rank(x, P)])
-            self._push([layout.sequence_by_rank(got, P)], [layout.heads_by_rank(x, P)])
+            for source, part in enumerate(layout.sequence_by_rank(wanted, P)):
+                part.copy_(layout.heads_by_rank(x + 1000 * (source + number), P)[place])
+            self._push([layout.sequence_by_rank(got, P)], [layout.heads_by_rank(x + 1000 * (place + number), P)])
             if torch.equal(got, wanted):
                 return ""
             self._watchdog.raise_if_broken()
         except Exception as error:  # compiling for a GPU that nobody has tried can fail in any way
             return f"a first exchange failed: {type(error).__name__}: {error}"
-        return f"a first exchange gave other values than {self.base.name}"
+        return "a first exchange gave wrong values"
+
+    def give_up(self, reason: str) -> None:
+        self.base.give_up(reason)
 
     def _synchronize(self) -> None:
         if self._streams.asynchronous:
@@ -232,6 +236,9 @@ class SymmetricTransport(FlatTransport):
 
     def barrier(self) -> None:
         self.base.barrier()
+
+    def waiting_for(self) -> list[int]:
+        return self.base.waiting_for()
 
 
 def _no_triton() -> str:
