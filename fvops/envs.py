@@ -43,8 +43,17 @@ def _megabytes(text: str) -> int:
     return megabytes
 
 
+def _debug_features(text: str) -> tuple[str, ...]:
+    features = tuple(part.strip() for part in text.lower().split(",") if part.strip())
+    if set(features) - {"collectives"}:
+        raise ValueError("must be 'collectives'")
+    return features
+
+
 VARIABLES: dict[str, Variable] = {
     "FVOPS_TIMEOUT_S": Variable(_positive_seconds, 600.0, "deadline of every wait for other ranks, seconds"),
+    "FVOPS_WARN_AFTER_S": Variable(_positive_seconds, 60.0, "a call that lasts longer is warned about, seconds"),
+    "FVOPS_DEBUG": Variable(_debug_features, (), "'collectives': ranks compare their calls before each collective"),
     "FVOPS_SHM_SEGMENT_MB": Variable(
         _megabytes, 256, "most shared memory that each rank of a group on one node uses for results, MB (2**20 bytes)"
     ),

@@ -18,7 +18,7 @@ from tests.harness import Ranks, init_fvops
 def _text(call: Callable[[], Any]) -> str:
     try:
         return f"no error: {call()}"
-    except Exception as error:
+    except Exception as error:  # its type is what is tested
         return f"{type(error).__name__}: {error}"
 
 
