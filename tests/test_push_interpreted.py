@@ -125,9 +125,7 @@ RACING: list[Spec] = [((1, 2, 1, 8), torch.bfloat16), ((2, 1, 1, 3), torch.float
 
 def _race(rounds: int) -> tuple[list[str], list[int]]:
     """Many exchanges in a row while every rank sleeps at other times, also between a push and what it takes out."""
-    from fvops.kernels import push
-
-    room = _room(4096)
+    push, room = interpreted(), _room(4096)
     sleep = delays(room.place, 0.02)
     kernels = push._push, push._take
     push._push, push._take = (_Slow(kernel, sleep) for kernel in kernels)
@@ -234,9 +232,7 @@ def test_offsets_beyond_32_bits(two_ranks: Ranks) -> None:
 
 
 def _refusals() -> list[str]:
-    from fvops.kernels import push
-
-    room, told = _room(256), []
+    push, room, told = interpreted(), _room(256), list[str]()
     P = room.world_size
     for outputs, inputs in (
         ([torch.zeros(P, 100)], [torch.zeros(P, 100)]),
