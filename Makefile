@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Two ranks on two cores: more threads in each only fight.
 export OMP_NUM_THREADS ?= 1
+# Of tests at a time. A test's ranks wait for each other much of the time; two tests keep two cores busy.
+TEST_PROCESSES ?= 2
 
 .PHONY: demo test test-slow test-nccl test-transports reliability soak gpu-check lint bench clean
 
@@ -13,7 +15,7 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready
 	@echo "== test: tests/ and compile_tests/, without those marked slow"
-	$(BIN)/python -m pytest -m "not slow" --durations=15
+	$(BIN)/python -m pytest -m "not slow" --durations=15 --numprocesses $(TEST_PROCESSES) --dist worksteal
 
 test-slow: $(VENV)/ready
 	@echo "== test-slow: what takes minutes or gigabytes"

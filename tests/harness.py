@@ -78,7 +78,7 @@ class Ranks:
         Args:
             transport: a value of ``FVOPS_TRANSPORT``; "nccl" and "hccl" are the doubles. Default: that of
                 ``FVOPS_TEST_TRANSPORT``, under which the whole suite can be run, else "auto". These see no GPU;
-                "gpu-nccl" (real NCCL, one rank) and "gpu-gloo" (all ranks on the first GPU) do.
+                "gpu-nccl" (real NCCL, one rank), "gpu-gloo" and "gpu-symm" (all ranks on the first GPU) do.
         """
         key = (world_size, transport or os.environ.get("FVOPS_TEST_TRANSPORT") or "auto")
         if key not in cls._pools:
@@ -203,6 +203,9 @@ def _variables(transport: str) -> dict[str, str]:
         return {"FVOPS_TRANSPORT": "nccl", "LOCAL_RANK": "0"}
     if transport == "gpu-gloo":
         return {"FVOPS_TRANSPORT": "process_group", "LOCAL_RANK": "0", "FVOPS_TEST_BACKEND": "gloo"}
+    if transport == "gpu-symm":
+        shared = {"LOCAL_RANK": "0", "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
+        return {"FVOPS_TRANSPORT": "symm", "FVOPS_TEST_BACKEND": "gloo", **shared}
     variables = {"FVOPS_TRANSPORT": transport, "CUDA_VISIBLE_DEVICES": ""}
     if transport in ("nccl", "hccl"):
         from tests.doubles.build import build

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -137,3 +138,30 @@ def test_messages_and_gradients(ranks: Ranks, transport: str) -> None:
         # Head h of this rank's rows was weighted by rank h, which has it.
         assert torch.equal(grad, torch.arange(1.0, P + 1).view(1, 1, P, 1).expand(1, 2, P, 1))
         assert issued == ["all_to_all_4D_coalesced"] * 2
+
+
+def _connections(transport: str) -> tuple[list[bool], str]:
+    """Is the group connected: when made, after a collective; and what a group says whose connection fails."""
+    from fvops import registry
+
+    with _group_over(transport) as group:
+        comm = registry.resolve(group.unique_name, group.world_size).library_comm
+        connected = [comm.comm is not None]
+        group.all_reduce(torch.ones(3))
+        connected.append(comm.comm is not None)
+    with _group_over(transport) as group:
+        comm = registry.resolve(group.unique_name, group.world_size).library_comm
+        with mock.patch.object(type(comm), "_connect", return_value=None):
+            with pytest.raises(RuntimeError, match="not all ranks came within"):
+                group.all_reduce(torch.ones(3))
+        with pytest.raises(RuntimeError) as caught:
+            group.all_reduce(torch.ones(3))
+    return connected, str(caught.value)
+
+
+@pytest.mark.parametrize("transport", ["nccl", "hccl"])
+def test_a_library_is_connected_at_the_groups_first_collective(two_ranks: Ranks, transport: str) -> None:
+    for connected, refusal in two_ranks.run(_connections, transport):
+        assert connected == [False, True]
+        assert "the communicator is disabled" in refusal
+        assert "not all ranks came within" in refusal

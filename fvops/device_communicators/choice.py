@@ -16,6 +16,7 @@ TRANSPORTS = {
     "auto": ("cpu", "cuda", "npu"),
     "process_group": ("cpu", "cuda", "npu"),
     "shm": ("cpu",),
+    "symm": ("cuda",),
     "nccl": ("cpu", "cuda"),
     "hccl": ("cpu", "npu"),
 }

@@ -42,6 +42,8 @@ class LibraryConnection(ABC):
         allow_single_rank: also communicate with oneself.
         group_name: the group's name in messages; default: the process group's own.
         timeout_s: deadline of each call and of the start, seconds; default ``FVOPS_TIMEOUT_S``, read here.
+        lazy: settle here only whether the group has the library, and connect at the first call, which every rank must
+            make: a connection costs over half a gigabyte of a GPU's memory, and not every group is used.
 
     Attributes:
         rank, world_size, group, device: as above.
@@ -71,6 +73,7 @@ class LibraryConnection(ABC):
         allow_single_rank: bool = False,
         group_name: str | None = None,
         timeout_s: float | None = None,
+        lazy: bool = False,
     ) -> None:
         bootstrap = Bootstrap(group, self.BACKEND, group_name)
         self.group = bootstrap.group
@@ -80,6 +83,7 @@ class LibraryConnection(ABC):
         self.unique_id: bytes | None = None
         self.available, self.disabled = False, True
         self._why_disabled = "it has one rank"
+        self._not_connected: Bootstrap | None = None
         self._streams = Streams(self.device)
         # Held while the library is asked about the communicator, so that nobody ends it in that moment.
         self._asking = threading.Lock()
@@ -98,7 +102,10 @@ class LibraryConnection(ABC):
             return
         if not self._all_have_library(bootstrap, library_path):
             return
-        self._start(bootstrap)
+        self.available, self.disabled = True, False
+        self._not_connected = bootstrap
+        if not lazy:
+            self._connect_now(bootstrap)
 
     @abstractmethod
     def _load(self, path: str | None) -> CommunicationLibrary: ...
@@ -153,6 +160,14 @@ class LibraryConnection(ABC):
             logger.warning_once("%s is disabled: %s", type(self).__name__, self._why_disabled)
         return not lacking
 
+    def _connect_now(self, bootstrap: Bootstrap) -> None:
+        self._not_connected = None
+        try:
+            self._start(bootstrap)
+        except RuntimeError as error:
+            self.available, self.disabled, self._why_disabled = False, True, str(error)
+            raise
+
     def _start(self, bootstrap: Bootstrap) -> None:
         failure, unique_id = "", b""
         with self._streams.use_device():
@@ -179,7 +194,6 @@ class LibraryConnection(ABC):
                     f"{self.group_name!r}: not all ranks came within {deadline_s:g} s"
                 )
         self.unique_id = unique_id
-        self.available, self.disabled = True, False
 
     @property
     def abort_reason(self) -> str | None:
@@ -278,6 +292,8 @@ class LibraryConnection(ABC):
         op = f"{self.NAME}.{op}"
         if self.disabled:
             raise RuntimeError(f"{where(op, self.group_name)}: the communicator is disabled: {self._why_disabled}")
+        if self._not_connected is not None:
+            self._connect_now(self._not_connected)
         self._refuse_if_broken(op)
         for what, tensor in tensors.items():
             check_buffer(op, self.group_name, what, tensor, self.device)

@@ -53,10 +53,18 @@ class PyHcclCommunicator(LibraryCommunicator):
         allow_single_rank: bool = False,
         group_name: str | None = None,
         timeout_s: float | None = None,
+        lazy: bool = False,
     ) -> None:
         self._batch: list[tuple[Tensor, int, bool]] = []  # tensor, peer, is it a send
-        options = {"allow_single_rank": allow_single_rank, "group_name": group_name, "timeout_s": timeout_s}
-        super().__init__(group, device, library_path, **options)  # type: ignore[arg-type]
+        super().__init__(
+            group,
+            device,
+            library_path,
+            allow_single_rank=allow_single_rank,
+            group_name=group_name,
+            timeout_s=timeout_s,
+            lazy=lazy,
+        )
 
     @property
     def hccl(self) -> HCCLLibrary:
