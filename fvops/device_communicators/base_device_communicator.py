@@ -282,17 +282,17 @@ class DeviceCommunicatorBase:
         way = "collective" if peer is None else f"{self.rank}-{peer}" if op == "send" else f"{peer}-{self.rank}"
         self._issued[way] = number = self._issued.get(way, 0) + 1
         handed = _list(tensors)
-        entry = journal.begin(self.member, op, way, number, handed, arguments)
+        noted, well = journal.begin(self.member, op, way, number, handed, arguments), False
         try:
             if observers:
                 observe(Call(self.member, op, tuple(handed), arguments, way, number))
             call(*args)
-        except BaseException as error:
-            entry.failed = True
-            self._judge(error, entry, peer)
+            well = True
+        except BaseException as error:  # an interrupt too: the other ranks are in the call
+            self._judge(error, journal.Entry(*noted), peer)
             raise
         finally:
-            journal.finish(entry)
+            journal.finish(noted, not well)
 
     def refuse_if_broken(self, op: str) -> None:
         """RuntimeError when an earlier call failed."""
