@@ -101,7 +101,6 @@ expire_data()
 NOT_YET = {
     "debug.check_collectives",
     "debug.dump",
-    "compiler.enable",
     "report",
 }
 
