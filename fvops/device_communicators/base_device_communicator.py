@@ -156,6 +156,25 @@ class DeviceCommunicatorBase:
         )
         return [output for output, _, _ in views]
 
+    def all_to_all_4D_packed(
+        self, sends: Sequence[Tensor], scatter_dim: int, gather_dim: int, single: bool
+    ) -> list[Tensor]:
+        """4D exchanges of parts that a compiled graph has packed and will lay down: ``[P, ...]`` in, ``[P, ...]`` out.
+
+        Recorded as the `all_to_all_4D` (or, not `single`, the coalesced one) that it was before.
+        """
+        sends = list(sends)
+        checks.check_all_to_all_4D_packed(self.unique_name, sends, scatter_dim, gather_dim, self.world_size)
+        for send in sends:
+            self._check("all_to_all_4D_packed", send)
+        recvs = [self.transport.empty(send.shape, send.dtype) for send in sends]
+        arguments = {"scatter_dim": scatter_dim, "gather_dim": gather_dim}
+        # For the records and for messages only, and never read: tensors of the shapes before packing.
+        handed_in = [send.as_strided(layout.unpacked_shape(send.shape, scatter_dim), (0,) * 4) for send in sends]
+        op = "all_to_all_4D" if single else "all_to_all_4D_coalesced"
+        self._issue(op, handed_in, arguments, self.transport.exchange, recvs, sends)
+        return recvs
+
     def all_to_all_single(
         self,
         input_: Tensor,
