@@ -76,7 +76,7 @@ def _kernels(layout: str) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("layout", ["fused", "exchange", "auto"])
+@pytest.mark.parametrize("layout", ["fused", pytest.param("exchange", marks=pytest.mark.slow)])
 def test_pack_and_unpack_are_in_the_kernels_next_to_them(two_ranks: Ranks, layout: str) -> None:
     """At B=2, where both ends of an exchange have a layout: one kernel before, between and after, no other."""
     assert two_ranks.run(_kernels, layout, deadline_s=200) == [[2, 3], [2, 3]]
