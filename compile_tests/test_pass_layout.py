@@ -22,13 +22,14 @@ def _compare(
     return compare_with_eager(names, switches, train, batch, dynamic=dynamic)
 
 
-@pytest.mark.parametrize(("train", "batch"), [(False, 2), (True, 1)])
+@pytest.mark.parametrize(("train", "batch"), [pytest.param(False, 2, marks=pytest.mark.slow), (True, 1)])
 def test_fused_layout_keeps_the_sequence_of_eager(two_ranks: Ranks, train: bool, batch: int) -> None:
     for results in two_ranks.run(_compare, NAMES, FUSED, train, batch, deadline_s=300):
         for name, (eager, compiled) in results.items():
             assert compiled == eager, name
 
 
+@pytest.mark.slow
 def test_fused_layout_of_merged_exchanges_at_dynamic_lengths(two_ranks: Ranks) -> None:
     switches = {**FUSED, "merge": True}
     results = two_ranks.run(_compare, NAMES[:1], switches, False, 2, True, deadline_s=300)

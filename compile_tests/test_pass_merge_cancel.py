@@ -46,9 +46,8 @@ def test_merge_in_backward(two_ranks: Ranks) -> None:
     assert [len(shapes) for _, shapes, _ in _exchanges(merged)] == [3, 1, 1, 3]
 
 
-@pytest.mark.parametrize(
-    ("tensors", "sizes"), [(2, [2, 1, 1]), pytest.param(0.5, [1, 1, 1, 1], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("tensors", "sizes"), [(2, [2, 1, 1]), (0.5, [1, 1, 1, 1])])
 def test_a_limit_ends_a_merged_exchange(two_ranks: Ranks, tensors: float, sizes: list[int]) -> None:
     nbytes = int(tensors * 4 * 16 * 5 * 8)
     merged = _alike(two_ranks.run(_compare, ["q, k and v"], {"merge": nbytes}, False, deadline_s=300))["q, k and v"][1]

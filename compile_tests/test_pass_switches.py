@@ -139,6 +139,7 @@ def test_backward_of_a_block_is_compiled_in_the_block(two_ranks: Ranks) -> None:
     assert issued == [SINGLE, SINGLE]  # of six: two pairs cancelled
 
 
+@pytest.mark.slow
 def test_another_thread_compiles_with_the_process_s_switches(two_ranks: Ranks) -> None:
     assert two_ranks.run(_in_a_thread, deadline_s=200)[0] == ALL
 
