@@ -22,6 +22,8 @@ _COVERED = {
     "test_eight_sequence_lengths[2-inductor-default-inference]",
     "test_eight_sequence_lengths[2-inductor-dynamic-inference]",
     "test_refusals[2-False-static]",
+    "test_inductor_compiles_all_of_them_in_one_graph[2-inference]",
+    "test_worlds_and_ranks_share_a_cache_folder[inference]",
 }
 # GPU tests whose bodies can run on CPU ranks: there to see that they run at all.
 _ON_CPU = {"cpu", "double"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 
 import pytest
 import torch
@@ -84,6 +85,54 @@ def test_cache_keys_hold_the_mark() -> None:
     assert salt() in mark(chosen())
     assert salt() in str(config.save_config_portable(ignore_private_configs=False))
     assert torch.ops.higher_order.with_effects.cacheable()
+
+
+def test_symmetric_memory() -> None:
+    """fvops/torch_compat.py: the names and the arguments that it uses; what they do needs a GPU."""
+    from torch._C._distributed_c10d import _SymmetricMemory
+    from torch.distributed import _symmetric_memory
+
+    text = _SymmetricMemory.empty_strided_p2p.__doc__ or ""
+    positions = [text.find(name) for name in ("size:", "stride:", "dtype:", "device:", "group_name:")]
+    assert -1 not in positions, text
+    assert positions == sorted(positions), text
+    assert list(inspect.signature(_symmetric_memory.rendezvous).parameters) == ["tensor", "group"]
+    assert isinstance(_SymmetricMemory.buffer_ptrs, property)
+    with pytest.raises(RuntimeError):  # no such memory for CPU tensors
+        _SymmetricMemory.empty_strided_p2p((64,), (1,), torch.uint8, torch.device("cpu"))
+
+
+def test_inductor_parts_of_the_report() -> None:
+    """fvops/graph_report/scheduled.py, data_movement.py."""
+    from torch._inductor import ir, scheduler
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.loop_body import LoopBody
+    from torch._inductor.sizevars import SizeVarAllocator
+
+    assert {"inner_compile", "config_patches"} <= set(inspect.signature(compile_fx).parameters)
+    assert "compile_to_module()" in inspect.getsource(sys.modules[compile_fx.__module__])
+    source = inspect.getsource(GraphLowering.codegen)
+    assert source.index("self.init_wrapper_code()") < source.index("self._update_scheduler()")
+    assert "fallback" in inspect.signature(SizeVarAllocator.optimization_hint).parameters
+    assert callable(scheduler.SchedulerBuffer.defining_op_name)
+    assert "is_weak" in inspect.signature(scheduler.NodeUser).parameters
+    for name in ("NonOwningLayout", "MutationLayoutSHOULDREMOVE", "MultiOutputLayout", "NoneLayout", "MultiOutput"):
+        assert hasattr(ir, name), name
+    assert "self.root_block" in inspect.getsource(LoopBody)
+    assert "subblocks" in inspect.getsource(LoopBody)
+    assert "unflatten_args" in inspect.getsource(ir.ExternKernel)
+
+
+def test_dynamo_parts_of_the_report() -> None:
+    """fvops/graph_report/tracing.py."""
+    from torch._dynamo.output_graph import GraphCompileReason
+    from torch._dynamo.utils import graph_break_reasons
+
+    before = len(graph_break_reasons)
+    found = GraphCompileReason("why", [])
+    assert graph_break_reasons.pop() is found
+    assert len(graph_break_reasons) == before
 
 
 def test_the_slots_of_our_passes() -> None:

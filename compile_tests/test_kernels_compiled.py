@@ -194,6 +194,75 @@ def test_new_sequence_lengths_need_few_kernels() -> None:
     assert len(hashes) <= 4
 
 
+# The one-sided exchange -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _one_sided(name: str, shape: str) -> tuple[Any, Any]:
+    """The push and the take of q, k and v by heads on target `name`."""
+    from fvops.kernels import parts_copy, push, push_plan
+
+    s, heads, D, P, dtype = SHAPES[shape]
+    inputs = [layout.heads_by_rank(torch.empty(1, s, H, D, dtype=dtype), P) for H in heads]
+    outputs = [layout.sequence_by_rank(torch.empty(1, P * s, H // P, D, dtype=dtype), P) for H in heads]
+    slot_bytes = 1 << 28
+    words = torch.zeros(push_plan.slots_start(P) // 8, dtype=torch.int64)
+    room = push_plan.Room(words, torch.zeros(P, dtype=torch.int64), torch.empty(16, dtype=torch.uint8), slot_bytes, 1)
+    config = parts_copy.DEFAULT_CONFIG
+    driver = triton.runtime.driver
+    before = driver._active
+    driver.set_active(_Target(name))
+    try:
+        ((pushed, arguments, keywords),) = push.push_calls(room, outputs, inputs, config)
+        first = push._push.warmup(*arguments, grid=(pushed,), **keywords)
+        ((taken, arguments, keywords),) = push.take_calls(room, outputs, config)
+        return first, push._take.warmup(*arguments, grid=(taken,), **keywords)
+    finally:
+        driver._active = before
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [
+        *(("Wan 1.3B, bf16, P=4", name) for name in TARGETS),
+        ("complex128", "sm_90"),
+        ("grouped k and v, float32", "sm_90"),
+    ],
+)
+def test_a_push_moves_sixteen_bytes_at_a_time_straight_into_the_peers(shape: str, name: str, tmp_path: Path) -> None:
+    (wide,) = _WIDE[name] & {"v2.b64", "dwordx4"}
+    for kernel in _one_sided(name, shape):
+        loads, stores = _accesses(kernel)
+        data = len(SHAPES[shape][1]) * (4 if name in NVIDIA else 2)
+        assert loads[wide] == stores[wide] == data
+        # The rest are words and addresses: one of each a program, or a few in the last one.
+        narrow = {"b64", "sys.acquire.b64", "acquire.sys.b64"} if name in NVIDIA else {"dwordx2"}
+        assert set(loads) <= {wide} | narrow, loads
+        assert set(stores) <= {wide} | narrow, stores
+        assert stores.total() - data <= 4
+        registers, spills = _registers_and_spills(kernel, tmp_path)
+        assert spills == 0
+        assert registers <= MOST_REGISTERS
+
+
+@pytest.mark.parametrize("name", NVIDIA)
+def test_signals_are_released_and_acquired_at_system_scope(name: str) -> None:
+    ptx = _one_sided(name, "Wan 1.3B, bf16, P=4")[0].asm["ptx"]
+    lines = [line.strip() for line in ptx.splitlines()]
+    released = [i for i, line in enumerate(lines) if "atom" in line and "release" in line and "exch" in line]
+    acquired = [i for i, line in enumerate(lines) if "acquire" in line and "sys" in line]
+    tickets = [i for i, line in enumerate(lines) if "atom" in line and "acq_rel" in line]
+    assert len(released) == 4  # one for each peer
+    assert all("sys" in lines[i] for i in released)
+    assert acquired
+    (ticket,) = tickets
+    last_store = max(i for i, line in enumerate(lines) if "st.global.v2" in line)
+    barriers = [i for i, line in enumerate(lines) if line.split(" ")[0].startswith(("bar.sync", "barrier.sync"))]
+    # Stores, barrier, ticket, flags, waits: in this order.
+    assert any(last_store < barrier < ticket for barrier in barriers)
+    assert last_store < ticket < min(released) <= max(released) < min(acquired)
+
+
 def _table() -> None:
     """What docs/kernels.md shows."""
     import tempfile

@@ -13,6 +13,7 @@ from fvops.communication_op import (
     tensor_model_parallel_all_reduce,
     warmup_sequence_parallel_communication,
 )
+from fvops.graph_report import report
 from fvops.logger import init_logger
 from fvops.parallel_state import (
     GroupCoordinator,
@@ -90,6 +91,7 @@ __all__ = [
     "maybe_init_distributed_environment_and_model_parallel",
     "model_parallel_is_initialized",
     "pad_sequence_tensor",
+    "report",
     "sequence_model_parallel_all_gather",
     "sequence_model_parallel_all_gather_with_unpad",
     "sequence_model_parallel_all_to_all_4D",

@@ -1,8 +1,12 @@
-"""Ranks that run different fvops must not meet: their graphs would issue different collectives, and hang."""
+"""What the ranks of a process group settle before they work together: numbers, and that all run the same fvops.
+
+Ranks that run different fvops must not meet: their graphs would issue different collectives, and hang.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import secrets
 
 import torch
 import torch.distributed as dist
@@ -11,9 +15,21 @@ from fvops import compiler
 from fvops._version import __version__
 from fvops.torch_compat import all_gather_flat
 
-__all__ = ["check_same_ops", "fingerprint"]
+__all__ = ["agree_on_max", "check_same_ops", "fingerprint", "fresh_number"]
 
 _FINGERPRINT_BYTES = 128
+
+
+def agree_on_max(number: int, cpu_group: dist.ProcessGroup) -> int:
+    """The largest of the ranks' numbers, on every rank. Collective."""
+    agreed = torch.tensor(number)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=cpu_group)
+    return int(agreed)
+
+
+def fresh_number(cpu_group: dist.ProcessGroup) -> int:
+    """A number that all ranks get alike and no other call gets: it tells a group from earlier ones. Collective."""
+    return agree_on_max(secrets.randbits(62), cpu_group)
 
 
 def fingerprint() -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fvops.checks import check_dim
-from fvops.parallel_state import get_local_torch_device, get_sp_group, get_tp_group
+from fvops.parallel_state import get_sp_group, get_tp_group
 from fvops.utils import compute_padding_for_sp, pad_sequence_tensor, unpad_sequence_tensor
 
 __all__ = [
@@ -61,13 +61,15 @@ def sequence_model_parallel_all_gather_with_unpad(input_: Tensor, original_seq_l
 
 
 def warmup_sequence_parallel_communication(device: torch.device | None = None) -> None:
-    """Run each kind of sequence-parallel exchange once, so that connections are made before the first step."""
+    """Run each collective once on a small tensor, so that connections are made before the first step.
+
+    A group that will be captured wants `GroupCoordinator.warmup` with its real shapes instead.
+
+    Raises:
+        ValueError: `device` is not of the kind that the group works on.
+    """
     group = get_sp_group()
-    if group.world_size == 1:
-        return
-    device = get_local_torch_device() if device is None else device
-    x_BSHD = torch.zeros(1, group.world_size, group.world_size, 1, device=device)
-    group.all_to_all_4D(group.all_to_all_4D(x_BSHD, 2, 1), 1, 2)
-    group.all_gather(x_BSHD, dim=1)
-    group.all_reduce(x_BSHD)
-    group.barrier()
+    if device is not None and torch.device(device).type != group.device.type:
+        raise ValueError(f"device={device}, but group {group.unique_name!r} works on {group.device}")
+    if group.world_size > 1:
+        group.warmup([], torch.float32)

@@ -43,10 +43,22 @@ def _megabytes(text: str) -> int:
     return megabytes
 
 
+def _debug_features(text: str) -> tuple[str, ...]:
+    features = tuple(part.strip() for part in text.lower().split(",") if part.strip())
+    if set(features) - {"collectives"}:
+        raise ValueError("must be 'collectives'")
+    return features
+
+
 VARIABLES: dict[str, Variable] = {
     "FVOPS_TIMEOUT_S": Variable(_positive_seconds, 600.0, "deadline of every wait for other ranks, seconds"),
+    "FVOPS_WARN_AFTER_S": Variable(_positive_seconds, 60.0, "a call that lasts longer is warned about, seconds"),
+    "FVOPS_DEBUG": Variable(_debug_features, (), "'collectives': ranks compare their calls before each collective"),
     "FVOPS_SHM_SEGMENT_MB": Variable(
         _megabytes, 256, "most shared memory that each rank of a group on one node uses for results, MB (2**20 bytes)"
+    ),
+    "FVOPS_SYMM_SLOT_MB": Variable(
+        _megabytes, 256, "largest exchange that goes one-sided through symmetric GPU memory, MB (2**20 bytes)"
     ),
     "FVOPS_MAX_OBJECT_MB": Variable(
         _megabytes, 4096, "largest object, or tensors of one dictionary, accepted from another rank, MB (2**20 bytes)"
@@ -55,7 +67,7 @@ VARIABLES: dict[str, Variable] = {
         _log_level, None, "when set, the 'fvops' logger prints to stderr at this level; unset: no handler is installed"
     ),
     "FVOPS_TRANSPORT": Variable(
-        str.lower, "auto", "what carries tensors: auto, process_group (torch's), shm, nccl or hccl"
+        str.lower, "auto", "what carries tensors: auto, process_group (torch's), shm, symm, nccl or hccl"
     ),
     "FVOPS_NCCL_LIBRARY": Variable(str, None, "path of the NCCL library that pynccl loads; unset: it looks for one"),
     "FVOPS_HCCL_LIBRARY": Variable(str, None, "path of the HCCL library that pyhccl loads; unset: it looks for one"),

@@ -35,6 +35,8 @@ def capture_on_side_stream(device: torch.device, context: Any | None) -> Iterato
     context = GraphCaptureContext(torch.cuda.Stream(device)) if context is None else context
     outside = torch.cuda.current_stream(device)
     context.stream.wait_stream(outside)
-    with torch.cuda.stream(context.stream):
-        yield context
-    outside.wait_stream(context.stream)
+    try:
+        with torch.cuda.stream(context.stream):
+            yield context
+    finally:
+        outside.wait_stream(context.stream)

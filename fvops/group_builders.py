@@ -43,8 +43,14 @@ def init_model_parallel_group(
     use_message_queue_broadcaster: bool = False,
     group_name: str | None = None,
     device: torch.device | None = None,
+    *,
+    timeout_s: float | None = None,
 ) -> GroupCoordinator:
-    """A coordinator with a device communicator, over the group in `group_ranks` that this rank is in."""
+    """A coordinator with a device communicator, over the group in `group_ranks` that this rank is in.
+
+    Args:
+        timeout_s: deadline of each wait for the group's other ranks, seconds; default ``FVOPS_TIMEOUT_S``.
+    """
     return GroupCoordinator(
         group_ranks,
         local_rank,
@@ -53,11 +59,16 @@ def init_model_parallel_group(
         use_message_queue_broadcaster=use_message_queue_broadcaster,
         group_name=group_name,
         device=device,
+        timeout_s=timeout_s,
     )
 
 
 def group_in_world(
-    world: GroupCoordinator, group_ranks: list[list[int]], name: str, backend: str | None
+    world: GroupCoordinator,
+    group_ranks: list[list[int]],
+    name: str,
+    backend: str | None,
+    timeout_s: float | None = None,
 ) -> GroupCoordinator:
     """A coordinator over `group_ranks`, on the world's device and, unless `backend` says otherwise, its backend."""
     same = backend is None or backend == dist.get_backend(world.device_group)
@@ -69,4 +80,5 @@ def group_in_world(
         use_message_queue_broadcaster=name.startswith("tp"),
         group_name=name,
         device=world.device if same else None,
+        timeout_s=timeout_s,
     )

@@ -6,10 +6,10 @@ function and guards on it: a group re-created under the same name with the same 
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fvops import checks, envs, ops, registry
+from fvops.agreement import agree_on_max, fresh_number
+from fvops.debug import check as debug_check
+from fvops.debug import patience
 from fvops.device_communicators.base_device_communicator import DeviceCommunicatorBase
 from fvops.device_communicators.choice import build_communicator
-from fvops.device_communicators.roll_call import RollCall
 from fvops.device_communicators.shm_broadcast import MessageQueue
 from fvops.graph_capture import capture_on_side_stream
 from fvops.group_objects import GroupObjects
@@ -56,6 +58,8 @@ class GroupCoordinator(GroupObjects):
             objects.
         group_name: what `unique_name` starts with; default "anonymous".
         device: where the group's tensors live; default CPU for gloo, else this rank's accelerator.
+        timeout_s: deadline of each wait for the group's other ranks, seconds; default ``FVOPS_TIMEOUT_S``. The same
+            on every rank.
 
     Raises:
         ValueError: a rank is in none of `group_ranks`, or in several, or out of the world. On every rank.
@@ -70,12 +74,15 @@ class GroupCoordinator(GroupObjects):
         use_message_queue_broadcaster: bool = False,
         group_name: str | None = None,
         device: torch.device | None = None,
+        *,
+        timeout_s: float | None = None,
     ) -> None:
         if not dist.is_initialized():
             raise RuntimeError("torch.distributed is not initialized; call init_distributed_environment first")
         rank = dist.get_rank()
         _check_group_ranks(group_ranks, group_name)
-        deadline = timedelta(seconds=envs.FVOPS_TIMEOUT_S)
+        self.timeout_s = _deadline(timeout_s)
+        deadline = timedelta(seconds=self.timeout_s)
         device_group: Any = None
         cpu_group: Any = None
         # new_group is collective over the world: every rank makes every group, in the same order.
@@ -112,19 +119,21 @@ class GroupCoordinator(GroupObjects):
         self.device = device
         self.use_device_communicator = use_device_communicator
         self.use_custom_op_call = True
-        self.unique_name = registry.agree_on_name(group_name or "anonymous", self._agree_on_max)
+        self.unique_name = registry.agree_on_name(group_name or "anonymous", partial(agree_on_max, cpu_group=cpu_group))
         self._owned_groups = owned_groups
-        communicator = build_communicator(cpu_group, self.device, device_group, self.unique_name)
+        communicator = build_communicator(cpu_group, self.device, device_group, self.unique_name, self.timeout_s)
         # The name may have belonged to another group before; its failures are not this one's.
-        life = self._agree_on_max(secrets.randbits(62))
-        communicator.roll_call = RollCall(self.unique_name, life, self.rank_in_group)
+        communicator.live(fresh_number(cpu_group))
         self._communicator: DeviceCommunicatorBase | None = communicator
         # The ops always have one to run on; the attribute is None where upstream's is.
         self.device_communicator: DeviceCommunicatorBase | None = (
             communicator if use_device_communicator and self.world_size > 1 else None
         )
         registry.register(self.unique_name, communicator)
+        debug_check.follow_variable()
         _live.append(self)
+        if self.world_size > 1:
+            patience.start()
         logger.info(
             "group %r: ranks %s, %s, transport %s",
             self.unique_name,
@@ -133,38 +142,42 @@ class GroupCoordinator(GroupObjects):
             communicator.transport.name,
         )
 
-    def _agree_on_max(self, number: int) -> int:
-        agreed = torch.tensor(number)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.cpu_group)
-        return int(agreed)
-
     @classmethod
-    def from_process_group(cls, pg: dist.ProcessGroup, group_name: str | None = None) -> GroupCoordinator:
+    def from_process_group(
+        cls, pg: dist.ProcessGroup, group_name: str | None = None, *, timeout_s: float | None = None
+    ) -> GroupCoordinator:
         """A coordinator over an existing process group (collective over it). `destroy` leaves `pg` alone.
+
+        Args:
+            timeout_s: as for the class; what goes over `pg` has the deadline that `pg` was made with.
 
         Raises:
             TypeError: `pg` is not a ProcessGroup of which this process is a member.
         """
         if not isinstance(pg, dist.ProcessGroup):
             raise TypeError(f"pg must be a ProcessGroup that this rank is in, got {type(pg).__name__}")
+        deadline = _deadline(timeout_s)
         cpu_group, owned_groups = pg, []
         if dist.get_backend(pg) != "gloo":
             cpu_group = dist.new_group(
                 dist.get_process_group_ranks(pg),
                 backend="gloo",
-                timeout=timedelta(seconds=envs.FVOPS_TIMEOUT_S),
+                timeout=timedelta(seconds=deadline),
                 use_local_synchronization=True,
             )
             owned_groups = [cpu_group]
         self = cls.__new__(cls)
+        self.timeout_s = deadline
         self._setup(envs.LOCAL_RANK, pg, cpu_group, True, group_name, None, owned_groups)
         return self
 
     @classmethod
-    def from_device_mesh(cls, mesh: Any, mesh_dim: int | str, group_name: str | None = None) -> GroupCoordinator:
+    def from_device_mesh(
+        cls, mesh: Any, mesh_dim: int | str, group_name: str | None = None, *, timeout_s: float | None = None
+    ) -> GroupCoordinator:
         """A coordinator over one dim of a ``torch.distributed.DeviceMesh``; its process group stays the mesh's."""
         name = mesh_dim if isinstance(mesh_dim, str) and group_name is None else group_name
-        return cls.from_process_group(mesh.get_group(mesh_dim), name)
+        return cls.from_process_group(mesh.get_group(mesh_dim), name, timeout_s=timeout_s)
 
     @property
     def first_rank(self) -> int:
@@ -316,12 +329,13 @@ class GroupCoordinator(GroupObjects):
     def destroy(self) -> None:
         """Give up the group: calls under its name raise from now on. Safe to call twice.
 
-        Waits for sends that are still open, at most ``FVOPS_TIMEOUT_S``. Not collective, but the name is free for
-        re-use only once every rank has destroyed the group.
+        Waits for sends that are still open, at most until the deadline, unless the group is broken. Not collective,
+        but the name is free for re-use only once every rank has destroyed the group.
         """
         if self._communicator is None:
             return
         registry.unregister(self.unique_name)
+        debug_check.leave(self._communicator.member)
         self._close_objects()
         self._communicator.destroy()
         self._communicator = self.device_communicator = None
@@ -331,10 +345,20 @@ class GroupCoordinator(GroupObjects):
                 dist.destroy_process_group(group)
         self._owned_groups = []
         _live.remove(self)
+        if not _live:
+            patience.stop()
 
     def _need_partner(self, op: str) -> None:
         if self.world_size == 1:
             checks.fail(RuntimeError, f"{checks.where(op, self.unique_name)}: a group of one rank has no partner")
+
+
+def _deadline(timeout_s: float | None) -> float:
+    if timeout_s is None:
+        return float(envs.FVOPS_TIMEOUT_S)
+    if not 0 < timeout_s < float("inf"):
+        raise ValueError(f"timeout_s={timeout_s} must be a finite number of seconds above 0")
+    return float(timeout_s)
 
 
 def _check_group_ranks(group_ranks: list[list[int]], group_name: str | None) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fvops import checks, envs, objects, registry, tensor_dict
+from fvops import checks, objects, registry, tensor_dict
 from fvops.device_communicators.base_device_communicator import DeviceCommunicatorBase
 from fvops.device_communicators.pending_sends import PendingSends
 from fvops.device_communicators.shm_broadcast import MessageQueue
@@ -32,6 +34,7 @@ class GroupObjects:
     device: torch.device
     cpu_group: dist.ProcessGroup
     device_group: dist.ProcessGroup
+    timeout_s: float
     mq_broadcaster: MessageQueue | None = None
     _communicator: DeviceCommunicatorBase | None
     _object_sends: PendingSends | None = None
@@ -49,7 +52,7 @@ class GroupObjects:
             return obj
         if self.mq_broadcaster is not None:
             return self._over_the_queue(where, obj, src)
-        with objects.naming(where, self.ranks):
+        with self._naming(where):
             return objects.broadcast([obj], self.ranks[src], self.cpu_group)[0]
 
     def broadcast_object_list(
@@ -66,7 +69,7 @@ class GroupObjects:
         if group is None and self.mq_broadcaster is not None:
             obj_list[:] = self._over_the_queue(where, list(obj_list), src)
             return obj_list
-        with objects.naming(where, self.ranks):
+        with self._naming(where):
             obj_list[:] = objects.broadcast(obj_list, self.ranks[src], self.cpu_group if group is None else group)
         return obj_list
 
@@ -75,11 +78,11 @@ class GroupObjects:
 
         Raises:
             TypeError: `obj` holds what may not travel; the receiver raises it too.
-            RuntimeError: the group has one rank, or an earlier send was not received within ``FVOPS_TIMEOUT_S``.
+            RuntimeError: the group has one rank, or an earlier send was not received within the deadline.
         """
         where = self._check_partner("send_object", "dst", dst)
         message = objects.pack(obj)
-        with objects.naming(where, self.ranks):
+        with self._naming(where):
             objects.send_message(message, self.ranks[dst], self.cpu_group, self._sends())
 
     def recv_object(self, src: int) -> Any:
@@ -88,10 +91,10 @@ class GroupObjects:
         Raises:
             TypeError: the sender could not encode it, or this rank has not allowed a class in it.
             ValueError: what came is damaged, or too large.
-            RuntimeError: the group has one rank, or nothing came within ``FVOPS_TIMEOUT_S``.
+            RuntimeError: the group has one rank, or nothing came within the deadline.
         """
         where = self._check_partner("recv_object", "src", src)
-        with objects.naming(where, self.ranks):
+        with self._naming(where):
             data = objects.recv_message(self.ranks[src], self.cpu_group)
         return decode(data)
 
@@ -123,7 +126,7 @@ class GroupObjects:
         def fetch(_: Manifest, tensor: Tensor) -> None:
             dist.broadcast(wire_bytes(tensor), src=root, group=over["cpu" if tensor.device.type == "cpu" else "device"])
 
-        with objects.naming(where, self.ranks):
+        with self._naming(where):
             if self.rank_in_group != src:
                 manifest = objects.broadcast_message(None, root, over["cpu"])
                 return _dictionary(manifest, self.device, where, fetch)
@@ -152,7 +155,7 @@ class GroupObjects:
         self._check_partner("send_tensor_dict", "dst", dst)
         n, k = (1, 0) if all_gather_group is None else (all_gather_group.world_size, all_gather_group.rank_in_group)
         message, tensors = _pack(tensor_dict, self.device, where, (n, k))
-        with objects.naming(where, self.ranks):
+        with self._naming(where):
             objects.send_message(message, self.ranks[dst], self.cpu_group, self._sends())
             for tensor in tensors:
                 if tensor.numel():
@@ -194,7 +197,7 @@ class GroupObjects:
             else:
                 whole.copy_(all_gather_group.all_gather(part, dim=0))  # type: ignore[union-attr]
 
-        with objects.naming(where, self.ranks):
+        with self._naming(where):
             message = objects.recv_message(self.ranks[src], self.cpu_group)
             received = _dictionary(message, self.device, where, fetch)
         for n, k in sent - {own}:
@@ -208,12 +211,23 @@ class GroupObjects:
         if src != 0:
             raise ValueError(f"{where}: the group has a message queue, which place 0 writes; src must be 0, got {src}")
         try:
-            return self.mq_broadcaster.broadcast_object(obj)  # type: ignore[union-attr]
+            return self.mq_broadcaster.broadcast_object(obj, self.timeout_s)  # type: ignore[union-attr]
         except TimeoutError as error:
             raise RuntimeError(f"{where} failed among global ranks {self.ranks}: {error}") from error
 
+    @contextlib.contextmanager
+    def _naming(self, where: str) -> Iterator[None]:
+        """Errors of the process groups inside say `where` they were, and break the group."""
+        try:
+            with objects.naming(where, self.ranks):
+                yield
+        except RuntimeError as error:
+            if not isinstance(error, RecursionError) and self._communicator is not None:
+                self._communicator.break_with(str(error))
+            raise
+
     def _check_object_call(self, op: str, what: str, place: int) -> str:
-        registry.resolve(self.unique_name, self.world_size)
+        registry.resolve(self.unique_name, self.world_size).refuse_if_broken(op)
         checks.check_place(op, self.unique_name, what, place, self.world_size)
         return checks.where(op, self.unique_name)
 
@@ -221,7 +235,7 @@ class GroupObjects:
         where = checks.where(op, self.unique_name)
         if self.world_size == 1:
             raise RuntimeError(f"{where}: a group of one rank has no partner")
-        registry.resolve(self.unique_name, self.world_size)
+        registry.resolve(self.unique_name, self.world_size).refuse_if_broken(op)
         checks.check_peer(op, self.unique_name, what, place, self.rank_in_group, self.world_size)
         return where
 
@@ -247,13 +261,14 @@ class GroupObjects:
             into.copy_(registry.resolve(self.unique_name, self.world_size).recv(into.shape, into.dtype, src))
 
     def _close_objects(self) -> None:
-        """Let go of the queue, and wait for sends that are still open, at most ``FVOPS_TIMEOUT_S``."""
+        """Let go of the queue, and wait, unless the group is broken, for sends that are still open."""
+        broken = self._communicator is not None and self._communicator.failure
         if self.mq_broadcaster is not None:
             self.mq_broadcaster.close()
             self.mq_broadcaster = None
         if self._object_sends is not None:
             try:
-                self._object_sends.drain(envs.FVOPS_TIMEOUT_S)
+                self._object_sends.drain(0.0 if broken else self.timeout_s)
             except RuntimeError as error:
                 logger.warning("destroying group %r: %s", self.unique_name, error)
             self._object_sends = None

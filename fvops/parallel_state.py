@@ -206,7 +206,7 @@ def init_distributed_environment(
         check_same_ops(world.cpu_group)
         nodes = node_ranks(world.cpu_group, world_size)
         node = init_model_parallel_group(nodes, local_rank, backend, group_name="node", device=world.device)
-    except BaseException:
+    except BaseException:  # even interrupted, no half-made state may stay
         world.destroy()
         raise
     _WORLD, _NODE = world, node
@@ -217,11 +217,14 @@ def initialize_model_parallel(
     sequence_model_parallel_size: int = 1,
     data_parallel_size: int = 1,
     backend: str | None = None,
+    *,
+    timeout_s: float | None = None,
 ) -> None:
     """Build the TP and SP groups, of consecutive ranks, and the DP groups ``range(i, world, sp)``. Collective.
 
     Args:
         data_parallel_size: 1 derives it as world / sp; another value must equal that.
+        timeout_s: deadline of each wait in these groups, seconds; default ``FVOPS_TIMEOUT_S``.
 
     Raises:
         ValueError: a size does not divide the world, or the data-parallel size does not fit.
@@ -243,9 +246,9 @@ def initialize_model_parallel(
         list(range(start, world.world_size, sequence_model_parallel_size))
         for start in range(sequence_model_parallel_size)
     ]
-    _TP = group_in_world(world, tp_ranks, "tp", backend)
-    _SP = group_in_world(world, sp_ranks, "sp", backend)
-    _DP = group_in_world(world, dp_ranks, "dp", backend)
+    _TP = group_in_world(world, tp_ranks, "tp", backend, timeout_s)
+    _SP = group_in_world(world, sp_ranks, "sp", backend, timeout_s)
+    _DP = group_in_world(world, dp_ranks, "dp", backend, timeout_s)
 
 
 def ensure_model_parallel_initialized(tp_size: int, sp_size: int, dp_size: int = 1, backend: str | None = None) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fvops.device_communicators.base_device_communicator import DeviceCommunicatorBase
 
-__all__ = ["agree_on_name", "register", "registered_names", "resolve", "unregister"]
+__all__ = ["agree_on_name", "find", "register", "registered_names", "resolve", "unregister"]
 
 _communicators: dict[str, DeviceCommunicatorBase] = {}
 _destroyed: set[str] = set()
@@ -35,6 +35,11 @@ def unregister(group_name: str) -> None:
 def registered_names() -> list[str]:
     """The names of the groups that exist on this rank."""
     return sorted(_communicators)
+
+
+def find(group_name: str) -> DeviceCommunicatorBase | None:
+    """The communicator of `group_name`, None if there is no such group now."""
+    return _communicators.get(group_name)
 
 
 def resolve(group_name: str, world_size: int) -> DeviceCommunicatorBase:

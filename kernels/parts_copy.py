@@ -25,14 +25,14 @@ from torch import Tensor
 from fvops.kernels.parts_plan import CopyConfig, describe, plan
 from fvops.kernels.parts_torch import check_pairs
 
-__all__ = ["CopyConfig", "copy_parts", "kernel_calls"]
+__all__ = ["DEFAULT_CONFIG", "MACHINE_ELEMENT", "CopyConfig", "copy_block", "copy_parts", "kernel_calls"]
 
 DEFAULT_CONFIG = CopyConfig()
-_MACHINE_ELEMENT = {16: tl.int64, 8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
+MACHINE_ELEMENT = {16: tl.int64, 8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 
 
 @triton.jit
-def _copy_block(
+def copy_block(
     program: tl.tensor,
     source: tl.tensor,
     destination: tl.tensor,
@@ -80,7 +80,7 @@ def _copy_parts(
     first = 0
     for i in tl.static_range(len(sources)):
         if (program >= first) & (program < first + programs[i]):
-            _copy_block(program - first, sources[i], destinations[i], parts[i], UNIT, ROWS, COLUMNS)
+            copy_block(program - first, sources[i], destinations[i], parts[i], UNIT, ROWS, COLUMNS)
         first += programs[i]
 
 
@@ -89,7 +89,7 @@ def kernel_calls(
 ) -> Iterator[tuple[int, tuple[Any, ...], dict[str, int]]]:
     """The kernel's calls that copy the pairs: grid size, arguments and keywords of each."""
     for launch in plan(tuple(map(describe, sources, destinations)), config):
-        element = _MACHINE_ELEMENT[launch.word_bytes]
+        element = MACHINE_ELEMENT[launch.word_bytes]
         arguments = (
             tuple(triton.reinterpret(sources[i], element) for i in launch.indices),
             tuple(triton.reinterpret(destinations[i], element) for i in launch.indices),

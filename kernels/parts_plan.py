@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["CopyConfig", "Launch", "Pair", "Part", "describe", "plan"]
+__all__ = ["CopyConfig", "Launch", "Pair", "Part", "describe", "plan", "power_in"]
 
 WIDEST_WORD = 16
 LINE_BYTES = 128  # a cache line of NVIDIA's and AMD's GPUs
@@ -94,7 +94,7 @@ class Launch(NamedTuple):
 def describe(source: Tensor, destination: Tensor) -> Pair:
     """The `Pair` of two tensors of one shape and dtype."""
     addresses = source.data_ptr() | destination.data_ptr()
-    return Pair(source.element_size(), tuple(source.shape), source.stride(), destination.stride(), _power_in(addresses))
+    return Pair(source.element_size(), tuple(source.shape), source.stride(), destination.stride(), power_in(addresses))
 
 
 @lru_cache(maxsize=1024)
@@ -108,7 +108,7 @@ def plan(pairs: tuple[Pair, ...], config: CopyConfig) -> tuple[Launch, ...]:
     return tuple(_launch(word, entries, config) for word, entries in by_word.items())
 
 
-def _power_in(number: int) -> int:
+def power_in(number: int) -> int:
     """The largest power of two, at most `WIDEST_WORD`, that divides `number`."""
     number |= WIDEST_WORD
     return number & -number
@@ -135,7 +135,7 @@ def _word_bytes(axes: Sequence[Axis], alignment: int) -> int:
     everything = alignment | axes[0].size
     for axis in axes[1:]:
         everything |= axis.source_stride | axis.destination_stride
-    return _power_in(everything)
+    return power_in(everything)
 
 
 def _launch(word: int, entries: Sequence[tuple[int, list[Axis]]], config: CopyConfig) -> Launch:

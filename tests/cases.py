@@ -17,11 +17,11 @@ from torch import Tensor
 from tests.draws import bits, make, storage_bits
 from tests.harness import Ranks
 
-__all__ = ["ENTRIES", "Case", "agree", "run"]
+__all__ = ["ENTRIES", "REDUCE_OPS", "Case", "agree", "run"]
 
 ENTRIES = ("coordinator", "op", "communicator")
 
-_REDUCE_OPS = {
+REDUCE_OPS = {
     "sum": dist.ReduceOp.SUM,
     "avg": dist.ReduceOp.AVG,
     "max": dist.ReduceOp.MAX,
@@ -113,7 +113,7 @@ def _call(group: Any, case: Case, x: Tensor) -> Tensor | None:
     if case.entry == "op":
         return _call_op(group, case.op, x, args)
     if "op" in args:
-        args["op"] = _REDUCE_OPS[args["op"]]
+        args["op"] = REDUCE_OPS[args["op"]]
     target = group if case.entry == "coordinator" else group.device_communicator
     return getattr(target, case.op)(x, **args)
 

@@ -1,10 +1,12 @@
 """Tests over real processes: n ranks on this machine that serve one test after another.
 
 `Ranks(n).run(function, *args)` calls ``function(*args)`` on every rank and returns the ranks' results. The function is
-a module's top-level function; arguments and results are what `torch.save` takes. Workers are spawned once per world
-size (importing torch costs seconds) and hold an initialized fvops with one sequence-parallel group over all ranks.
+a module's top-level function; arguments and results are what `torch.save` takes. Workers are started once per world
+size, forked from a server that has imported torch (`preloaded`), and hold an initialized fvops with one
+sequence-parallel group over all ranks.
 
-Every run has a deadline. When it passes, every rank's Python stacks and log are printed and all are killed. An error of
+Every run has a deadline. When it passes, every rank's Python stacks, `fvops.debug.dump` and log are printed and all are
+killed. An error of
 any rank is raised with its own traceback. After either, the next run gets new processes.
 """
 
@@ -53,7 +55,7 @@ class Ranks:
         self.transport = transport
         self._folder = Path(tempfile.mkdtemp(prefix=f"fvops-ranks{world_size}-"))
         self._jobs = 0
-        context = multiprocessing.get_context("spawn")
+        context = _context(transport)
         variables = _variables(transport)
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
@@ -76,7 +78,7 @@ class Ranks:
         Args:
             transport: a value of ``FVOPS_TRANSPORT``; "nccl" and "hccl" are the doubles. Default: that of
                 ``FVOPS_TEST_TRANSPORT``, under which the whole suite can be run, else "auto". These see no GPU;
-                "gpu-nccl" (real NCCL, one rank) and "gpu-gloo" (all ranks on the first GPU) do.
+                "gpu-nccl" (real NCCL, one rank), "gpu-gloo" and "gpu-symm" (all ranks on the first GPU) do.
         """
         key = (world_size, transport or os.environ.get("FVOPS_TEST_TRANSPORT") or "auto")
         if key not in cls._pools:
@@ -90,6 +92,7 @@ class Ranks:
         deadline_s: float = 120.0,
         initialize: bool = True,
         cache: str | None = None,
+        grace_s: float = _GRACE_S,
     ) -> list[Any]:
         """Call ``function(*args)`` on every rank; the results in rank order.
 
@@ -97,6 +100,7 @@ class Ranks:
             deadline_s: seconds until all ranks are killed.
             initialize: have fvops initialized (sp = world size); otherwise it is torn down first.
             cache: compile cache folder shared by the ranks; default a fresh one, removed afterwards.
+            grace_s: how long the other ranks may go on once one has failed.
         """
         self._jobs += 1
         folder = cache or tempfile.mkdtemp(prefix="cache-", dir=self._folder)
@@ -104,7 +108,7 @@ class Ranks:
         message = _dump(job)
         try:
             self._send(message)
-            return self._collect(function.__qualname__, deadline_s)
+            return self._collect(function.__qualname__, deadline_s, grace_s)
         finally:
             if cache is None:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -118,7 +122,7 @@ class Ranks:
             self.kill()
             raise RankFailure(f"a worker died between two runs; exit codes {codes}") from None
 
-    def _collect(self, name: str, deadline_s: float) -> list[Any]:
+    def _collect(self, name: str, deadline_s: float, grace_s: float = _GRACE_S) -> list[Any]:
         replies: dict[int, tuple[str, Any]] = {}
         until = time.monotonic() + deadline_s
         while len(replies) < self.world_size:
@@ -134,7 +138,7 @@ class Ranks:
                     self._processes[rank].join(5)
                     replies[rank] = ("died", f"exit code {self._processes[rank].exitcode}")
                 if replies[rank][0] != "ok":
-                    until = min(until, time.monotonic() + _GRACE_S)
+                    until = min(until, time.monotonic() + grace_s)
         if len(replies) == self.world_size and all(kind == "ok" for kind, _ in replies.values()):
             return [replies[rank][1] for rank in range(self.world_size)]
         failed = any(kind != "ok" for kind, _ in replies.values())
@@ -147,7 +151,10 @@ class Ranks:
         silent = [rank for rank in range(self.world_size) if rank not in replies]
         for rank in silent:
             os.kill(self._processes[rank].pid, signal.SIGUSR1)  # faulthandler writes the stacks into the log
-        self._wait_for_stacks(silent)
+        self._wait_for_log(silent, "most recent call first")
+        for rank in silent:
+            os.kill(self._processes[rank].pid, signal.SIGUSR2)  # fvops' dump; a rank that holds the GIL has none
+        self._wait_for_log(silent, "end of dump")
         parts = []
         for rank in range(self.world_size):
             kind, value = replies.get(rank, ("no answer", "see its stacks in the log"))
@@ -157,10 +164,10 @@ class Ranks:
                 parts.append(f"--- rank {rank}'s log\n{log[-6000:]}")
         return "\n".join(parts)
 
-    def _wait_for_stacks(self, ranks: list[int]) -> None:
+    def _wait_for_log(self, ranks: list[int], text: str) -> None:
         until = time.monotonic() + _STACKS_S
         logs = [self._folder / f"rank{rank}.log" for rank in ranks]
-        while time.monotonic() < until and not all("most recent call first" in log.read_text() for log in logs):
+        while time.monotonic() < until and not all(text in log.read_text(errors="replace") for log in logs):
             wait([process.sentinel for process in self._processes], timeout=0.05)
 
     def kill(self) -> None:
@@ -181,12 +188,24 @@ def _kill_all() -> None:
         pool.kill()
 
 
+def _context(transport: str) -> Any:
+    """How workers are started: afresh where they use a GPU, which may not be looked at before a fork."""
+    if transport.startswith("gpu-"):
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    return context
+
+
 def _variables(transport: str) -> dict[str, str]:
     """The environment of workers that use `transport`."""
     if transport == "gpu-nccl":
         return {"FVOPS_TRANSPORT": "nccl", "LOCAL_RANK": "0"}
     if transport == "gpu-gloo":
         return {"FVOPS_TRANSPORT": "process_group", "LOCAL_RANK": "0", "FVOPS_TEST_BACKEND": "gloo"}
+    if transport == "gpu-symm":
+        shared = {"LOCAL_RANK": "0", "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
+        return {"FVOPS_TRANSPORT": "symm", "FVOPS_TEST_BACKEND": "gloo", **shared}
     variables = {"FVOPS_TRANSPORT": transport, "CUDA_VISIBLE_DEVICES": ""}
     if transport in ("nccl", "hccl"):
         from tests.doubles.build import build
@@ -217,9 +236,11 @@ def _serve(rank: int, world_size: int, folder: str, connection: Connection, vari
     # No test waits for it. Long, since a rank that is starved of processor time may compile for minutes; a hang is
     # ended by the run's own deadline, with every rank's stacks.
     os.environ.setdefault("FVOPS_TIMEOUT_S", "300")
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     torch.set_num_threads(1)
-    import fvops  # noqa: F401  (now rather than in the first test's time)
+    from fvops.debug import install_signal_handler
+    from tests import preloaded  # noqa: F401  (now rather than in the first test's time)
+
+    install_signal_handler(signal.SIGUSR2)
 
     connection.send_bytes(_dump(("ok", None)))
     while True:

@@ -115,7 +115,7 @@ def _cpu_of_a_wait() -> list[float]:
     group = fvops.get_sp_group()
     group.barrier()
     if queue.is_writer:
-        time.sleep(1.0)
+        time.sleep(1.0)  # the wait whose cost is measured
         queue.enqueue("at last")
         return [0.0, 1.0]
     began, cpu = time.monotonic(), time.thread_time()

@@ -158,33 +158,3 @@ def test_initialisation_without_a_gpu_ends_in_an_error(nccl: NCCLLibrary) -> Non
         RuntimeError, match=r"pynccl: initialisation of rank 0 of 1 on group .* failed: ncclCommInitRank"
     ):
         PyNcclCommunicator(Alone(), "cpu", nccl.path, allow_single_rank=True)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_world_of_one_on_a_gpu(nccl: NCCLLibrary) -> None:
-    comm = PyNcclCommunicator(Alone(), "cuda:0", nccl.path, allow_single_rank=True)
-    x = torch.arange(12.0, device="cuda:0").reshape(4, 3)
-    y = torch.empty_like(x)
-    assert torch.equal(comm.all_reduce(x), x)
-    assert comm.reduce(x, 0) is not None
-    for call in (comm.all_gather, comm.reduce_scatter, comm.all_to_all_single):
-        y.zero_()
-        call(y, x)
-        assert torch.equal(y, x), call
-    y.zero_()
-    comm.group_start()
-    comm.send(x, 0)
-    comm.recv(y, 0)
-    comm.group_end()
-    assert torch.equal(y, x)
-    comm.broadcast(y, 0)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = comm.all_reduce(x)
-    x += 1
-    graph.replay()
-    torch.cuda.synchronize()
-    assert torch.equal(out, x)
-    del graph, out
-    comm.destroy()
-    assert comm.abort_reason is None

@@ -6,7 +6,6 @@ Events are stand-ins: what a real device does needs one.
 from __future__ import annotations
 
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ import torch
 from fvops.device_communicators.library_loading import LibraryError
 from fvops.device_communicators.library_streams import Streams
 from fvops.device_communicators.library_watchdog import BrokenCommunicatorError, Watchdog, bounded
+from tests.waiting import wait_until
 
 PATIENCE_S = 20.0  # for what must happen soon
 
@@ -46,20 +46,13 @@ class Watched:
         )
 
 
-def _until(condition: Any) -> None:
-    until = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < until, "it did not happen"
-        time.sleep(0.005)
-
-
 def test_a_device_that_does_not_finish_breaks_the_communicator() -> None:
     w = Watched()
     assert w.dog.run("send", lambda: 5) == 5
     w.dog.follow("send", Event(complete=True))
     w.dog.run("recv", lambda: None)
     w.dog.follow("recv", Event())
-    _until(w.aborted.is_set)
+    wait_until(w.aborted.is_set)
     assert w.dog.reason == (
         "fvops.recv on group 'g', call 2, deadline 0.3 s: the device did not finish it within its deadline"
     )
@@ -75,10 +68,9 @@ def test_a_device_that_finishes_leaves_it_whole() -> None:
         w.dog.follow("send", event)
     for event in events:
         event.complete = True
-    _until(lambda: not w.dog._events)
-    time.sleep(3 * w.dog.deadline_s)
+    wait_until(lambda: not w.dog._events)
+    assert not w.aborted.wait(3 * w.dog.deadline_s)
     assert w.dog.reason is None
-    assert not w.aborted.is_set()
     w.dog.stop()
 
 
@@ -86,7 +78,7 @@ def test_an_error_outside_a_call_is_found() -> None:
     w = Watched()
     w.dog.run("send", lambda: None)
     w.error = "a link went down"
-    _until(w.aborted.is_set)
+    wait_until(w.aborted.is_set)
     assert w.dog.reason == "the communicator of group 'g' failed: a link went down"
 
 
@@ -94,10 +86,10 @@ def test_an_open_group_gets_to_close_before_the_abort() -> None:
     w = Watched(deadline_s=5.0)
     w.dog.run("group_start", lambda: None)
     w.busy, w.error = True, "a link went down"
-    _until(lambda: w.dog.reason is not None)
+    wait_until(lambda: w.dog.reason is not None)
     assert not w.aborted.is_set()
     w.busy = False
-    _until(w.aborted.is_set)
+    wait_until(w.aborted.is_set)
 
 
 def test_a_call_that_is_not_late_returns_before_the_abort_and_raises() -> None:
@@ -106,12 +98,12 @@ def test_a_call_that_is_not_late_returns_before_the_abort_and_raises() -> None:
 
     def call() -> None:
         w.error = "a link went down"
-        _until(lambda: w.dog.reason is not None)
+        wait_until(lambda: w.dog.reason is not None)
         assert not w.aborted.is_set()
 
     with pytest.raises(BrokenCommunicatorError, match=r"fvops.recv on group 'g': call 2: .*a link went down"):
         w.dog.run("recv", call)
-    _until(w.aborted.is_set)
+    wait_until(w.aborted.is_set)
 
 
 def test_a_failed_call_aborts_at_once_and_other_errors_do_not() -> None:
@@ -136,7 +128,7 @@ def test_an_event_that_cannot_be_asked_breaks_the_communicator() -> None:
     w = Watched()
     w.dog.run("send", lambda: None)
     w.dog.follow("send", Bad())
-    _until(w.aborted.is_set)
+    wait_until(w.aborted.is_set)
     assert "illegal memory access" in str(w.dog.reason)
 
 

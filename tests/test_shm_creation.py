@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import stat
@@ -9,10 +10,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from tests import reference
 from tests.harness import Ranks
 from tests.shm_calls import Call, agree, fresh_transport, perform
 from tests.worlds import initialized
@@ -119,6 +122,38 @@ def test_groups_on_two_nodes(another_node: str) -> None:
         for number, call in enumerate(_pair_calls(node)):
             agree(call, [told[rank][2][number] for rank in (2 * node, 2 * node + 1)], 2)
     assert all(no_world and named for no_world, named, _ in told)
+
+
+def _ops_over_two_nodes(another_node: str) -> tuple[list[str], list[torch.Tensor]]:
+    """The world's collectives and the pair's, as a program calls them, with two ranks on each node."""
+    import fvops
+    from fvops import registry
+    from fvops.device_communicators.shm import ShmTransport
+
+    rank = int(os.environ["RANK"])
+    on_node = functools.partial(ShmTransport.create, folder="/dev/shm" if rank < 2 else another_node)
+    with mock.patch.object(ShmTransport, "create", on_node), initialized(1, 2):
+        world, pair = fvops.get_world_group(), fvops.get_sp_group()
+        used = [registry.resolve(group.unique_name, group.world_size).transport.name for group in (world, pair)]
+        x = _input(rank)
+        results = [world.all_to_all_4D(x), world.all_reduce(x), world.all_gather(x, 1), pair.all_to_all_4D(x)]
+        return used, [y.clone() for y in results]
+
+
+def _input(rank: int) -> torch.Tensor:
+    return torch.arange(2 * 3 * 8 * 5, dtype=torch.float32).reshape(2, 3, 8, 5) + 1000 * rank
+
+
+def test_ops_over_two_nodes(another_node: str) -> None:
+    told = Ranks.get(4, "auto").run(_ops_over_two_nodes, another_node, initialize=False)
+    x = [_input(rank) for rank in range(4)]
+    exchanged = reference.all_to_all_4D(x, 2, 1)
+    near = [reference.all_to_all_4D(x[first : first + 2], 2, 1) for first in (0, 2)]
+    for rank, ((of_world, of_pair), results) in enumerate(told):
+        assert ("gloo" in of_world, "shared memory" in of_pair) == (True, True), (of_world, of_pair)
+        expected = [exchanged[rank], sum(x), torch.cat(x, 1), near[rank // 2][rank % 2]]
+        for y, wanted in zip(results, expected, strict=True):
+            assert torch.equal(y, wanted)
 
 
 def _come_and_go(rounds: int) -> list[str]:

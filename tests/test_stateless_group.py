@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from fvops.utils import StatelessProcessGroup
 from tests.harness import Ranks
+from tests.waiting import wait_until
 
 
 def _free_port() -> int:
@@ -147,9 +148,12 @@ def test_data_expires_and_what_was_read_is_forgotten() -> None:
     before = store.num_keys()
     one.send_obj("nobody reads this", 1)
     assert store.num_keys() == before + 1
-    time.sleep(0.1)
-    one.expire_data()
-    assert (store.num_keys(), len(one.entries)) == (before, 0)
+
+    def expired() -> bool:
+        one.expire_data()
+        return (store.num_keys(), len(one.entries)) == (before, 0)
+
+    wait_until(expired)
 
 
 def test_refusals() -> None:

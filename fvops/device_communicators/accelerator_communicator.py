@@ -2,50 +2,75 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 import torch.distributed as dist
 
 from fvops import checks, envs
+from fvops.agreement import fresh_number
 from fvops.device_communicators.base_device_communicator import DeviceCommunicatorBase
 from fvops.device_communicators.flat_transport import FlatTransport
 from fvops.device_communicators.lanes import Lanes
 from fvops.device_communicators.library_communicator import LibraryCommunicator
 from fvops.device_communicators.library_streams import Streams
 from fvops.device_communicators.library_transport import LibraryTransport
+from fvops.device_communicators.symmetric_buffer import SymmetricBuffer
+from fvops.device_communicators.symmetric_transport import SymmetricTransport
+from fvops.logger import init_logger
+from fvops.stateless_process_group import StatelessProcessGroup
 
 __all__ = ["AcceleratorCommunicator"]
+
+logger = init_logger(__name__)
 
 
 class AcceleratorCommunicator(DeviceCommunicatorBase):
     """Over the vendor's collective library where every rank of the group has it, else over the torch process group.
 
     Chosen once, at creation, alike on all ranks; ``FVOPS_TRANSPORT`` can ask for either, and then gets the library for
-    a group of one rank too, so that one GPU can exercise it. Torch's own NCCL or HCCL
-    communicator, which costs over half a gigabyte, is made by torch at its first use: never, with the library.
+    a group of one rank too, so that one GPU can exercise it. A connection costs over half a gigabyte of a GPU's memory:
+    the library's is made at the group's first collective (`warmup` is one), torch's own at torch's first, which with
+    the library never comes.
+    Where the ranks can map symmetric memory, exchanges go through that; by name also beside the process group.
     """
 
     LIBRARY: ClassVar[type[LibraryCommunicator]]
+    SYMMETRIC: ClassVar[type[SymmetricBuffer] | None] = None
 
     def _make_transport(self) -> FlatTransport:
         self._streams = Streams(self.device)
+        base = self._two_sided_transport()
+        self._symmetric: SymmetricTransport | None = None
+        named = envs.FVOPS_TRANSPORT == "symm"
+        automatic = envs.FVOPS_TRANSPORT == "auto" and self.library_comm is not None
+        if self.SYMMETRIC is None or self.world_size == 1 or not (named or automatic):
+            return base
+        self._symmetric, words = SymmetricTransport.create(
+            base, self.cpu_group, self.unique_name, self._streams, self.SYMMETRIC, self.timeout_s
+        )
+        if self._symmetric is None and named:
+            base.close()
+            raise RuntimeError(f"group {self.unique_name!r}: FVOPS_TRANSPORT=symm, but {words}")
+        logger.info("group %r: %s", self.unique_name, words)
+        return self._symmetric or base
+
+    def _two_sided_transport(self) -> FlatTransport:
         # Ops that ran outside a capture: what they need for it is there.
         self._warm: set[str] = set()
         self.library_comm: LibraryCommunicator | None = None
         wanted = envs.FVOPS_TRANSPORT
         named = wanted == self.LIBRARY.BACKEND
         # A program that asked for gloo on an accelerator gets gloo, unless it also asks for the library.
-        automatic = wanted == "auto" and self.world_size > 1 and dist.get_backend(self.device_group) != "gloo"
+        automatic = wanted in ("auto", "symm") and self.world_size > 1 and dist.get_backend(self.device_group) != "gloo"
         if named or automatic:
-            comm = self.LIBRARY(self.cpu_group, self.device, allow_single_rank=named, group_name=self.unique_name)
+            options = self._options(self.unique_name)
+            comm = self.LIBRARY(self.cpu_group, self.device, **options, allow_single_rank=named, lazy=True)
             if comm.available:
                 self.library_comm = comm
-                prefix = f"fvops/lanes/{self.unique_name}/{_common_number(self.cpu_group)}"
-                lanes = Lanes(lambda pair: self.LIBRARY(pair, self.device), prefix, self.rank, self._streams)
-                return LibraryTransport(comm, self.cpu_group, lanes)
+                prefix = f"fvops/lanes/{self.unique_name}/{fresh_number(self.cpu_group)}"
+                lanes = Lanes(self._pair, prefix, self.rank, self._streams)
+                return LibraryTransport(comm, self.cpu_group, lanes, self.timeout_s)
             if named:
                 raise RuntimeError(
                     f"group {self.unique_name!r}: FVOPS_TRANSPORT={wanted}, but {self.LIBRARY.BACKEND} cannot be used: "
@@ -53,7 +78,15 @@ class AcceleratorCommunicator(DeviceCommunicatorBase):
                 )
         return super()._make_transport()
 
+    def _pair(self, ends: StatelessProcessGroup, name: str) -> LibraryCommunicator:
+        return self.LIBRARY(ends, self.device, **self._options(name))
+
+    def _options(self, name: str) -> dict[str, Any]:
+        return {"group_name": name, "timeout_s": self.timeout_s}
+
     def _issue(self, op: str, tensors: Any, arguments: dict[str, Any], call: Callable[..., Any], *args: Any) -> None:
+        if self._symmetric is not None:
+            self._symmetric.op = op
         if not self._streams.capturing():
             super()._issue(op, tensors, arguments, call, *args)
             self._warm.add(op)
@@ -69,9 +102,3 @@ class AcceleratorCommunicator(DeviceCommunicatorBase):
                 "connections cannot be made; call the group's warmup(shapes, dtype) on every rank before capturing"
             )
         super()._issue(op, tensors, arguments, call, *args)
-
-
-def _common_number(group: dist.ProcessGroup) -> int:
-    number = torch.tensor(secrets.randbits(62))
-    dist.all_reduce(number, op=dist.ReduceOp.MAX, group=group)
-    return int(number)

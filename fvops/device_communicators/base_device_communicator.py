@@ -1,4 +1,4 @@
-"""A group's collectives on real tensors: check, record, pack, hand to the transport, unpack.
+"""A group's collectives on real tensors: check, record, cut into rank-major parts, hand to the transport.
 
 `DeviceCommunicatorBase` works on any device that torch.distributed has a backend for. A subclass overrides what its
 device can do better; the ops and the groups never look below this interface.
@@ -13,7 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fvops import checks, debug, envs
+from fvops import checks, envs
+from fvops.debug import check as debug_check
+from fvops.debug import journal
+from fvops.debug.calls import Call, Member, observe, observers
+from fvops.device_communicators.flat_transport import RefusedError
 from fvops.device_communicators.process_group_transport import ProcessGroupTransport
 from fvops.device_communicators.roll_call import RollCall
 from fvops.device_communicators.solo_transport import SoloTransport
@@ -39,6 +43,11 @@ class DeviceCommunicatorBase:
         device: where the tensors live; default CPU.
         device_group: process group for tensors; default `cpu_group`.
         unique_name: the group's name, for messages and records.
+        timeout_s: deadline of each wait for the group's other ranks, seconds; default ``FVOPS_TIMEOUT_S``.
+
+    Attributes:
+        failure: the first error that left the ranks in different states; empty while there was none. Afterwards every
+            call is refused with it.
     """
 
     def __init__(
@@ -47,7 +56,11 @@ class DeviceCommunicatorBase:
         device: torch.device | str | None = None,
         device_group: dist.ProcessGroup | None = None,
         unique_name: str = "",
+        *,
+        timeout_s: float | None = None,
     ) -> None:
+        self.timeout_s = envs.FVOPS_TIMEOUT_S if timeout_s is None else timeout_s
+        self.failure = ""
         self.device = torch.device("cpu") if device is None else torch.device(device)
         self.cpu_group = cpu_group
         self.device_group = cpu_group if device_group is None else device_group
@@ -59,7 +72,12 @@ class DeviceCommunicatorBase:
         self.global_world_size = dist.get_world_size()
         self.transport = self._make_transport()
         self._issued: dict[str, int] = {}
-        self.roll_call = RollCall(unique_name, 0, self.rank)
+        self.live(0)
+
+    def live(self, number: int) -> None:
+        """Begin a life: `number`, on which the ranks agreed, tells this group from earlier ones of its name."""
+        self.member = Member(self.unique_name, number, self.rank, tuple(self.ranks), self.timeout_s)
+        self.roll_call = RollCall(self.unique_name, number, self.rank)
 
     def all_reduce(self, input_: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """The reduction of the ranks' tensors; `op` is a ReduceOp or its name (see `reduce_op_name`)."""
@@ -230,7 +248,7 @@ class DeviceCommunicatorBase:
     def destroy(self) -> None:
         """Release what this object holds; the process groups are their owner's. Safe to call twice.
 
-        Waits for open sends, at most ``FVOPS_TIMEOUT_S``; one that nobody received is reported as a warning.
+        Waits for open sends, at most until the deadline; one that nobody received is reported as a warning.
         """
         try:
             self.transport.close()
@@ -241,7 +259,7 @@ class DeviceCommunicatorBase:
         """What carries the tensors; a subclass that has something better overrides this."""
         if self.world_size == 1:
             return SoloTransport(self.device)
-        return ProcessGroupTransport(self.device_group, self.cpu_group, self.device, self.unique_name)
+        return ProcessGroupTransport(self.device_group, self.cpu_group, self.device, self.unique_name, self.timeout_s)
 
     def _ulysses(self, input_: Tensor, scatter_dim: int) -> tuple[Tensor, Tensor, Tensor]:
         """The output of a 4D exchange, its rank-major view, and the input's."""
@@ -276,44 +294,70 @@ class DeviceCommunicatorBase:
         call: Callable[..., Any],
         *args: Any,
     ) -> None:
-        """Record the collective, run it, and say in any error which one it was."""
+        """Run the collective, seen by who wants to, and say in any error which one it was."""
+        self.refuse_if_broken(op)
         peer = arguments["src"] if op == "recv" else arguments["dst"] if op == "send" else None
         # Collectives are counted alike on all ranks, messages between two ranks on both of them.
         way = "collective" if peer is None else f"{self.rank}-{peer}" if op == "send" else f"{peer}-{self.rank}"
         self._issued[way] = number = self._issued.get(way, 0) + 1
-        if debug.recorders:
-            debug.record(_record(self.unique_name, op, _list(tensors), arguments))
+        handed = _list(tensors)
+        noted, well = journal.begin(self.member, op, way, number, handed, arguments), False
         try:
+            if observers:
+                observe(Call(self.member, op, tuple(handed), arguments, way, number))
             call(*args)
-        except RuntimeError as error:
-            of = ", ".join(f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in _list(tensors))
-            # A transport that knows who is at fault says so itself.
-            missing = getattr(error, "places", ())
-            if missing:
-                who = self.roll_call.names(missing, self.ranks)
-            else:
-                expected = range(self.world_size) if peer is None else [peer]
-                who = self.roll_call.describe(f"{way} {number}", expected, self.ranks)
+            well = True
+        except BaseException as error:  # an interrupt too: the other ranks are in the call
+            self._judge(error, journal.Entry(*noted), peer)
+            raise
+        finally:
+            journal.finish(noted, not well)
+
+    def refuse_if_broken(self, op: str) -> None:
+        """RuntimeError when an earlier call failed."""
+        if self.failure:
             raise RuntimeError(
-                f"{checks.where(op, self.unique_name)}{of and f' of {of}'} failed on place {self.rank} of "
-                f"{self.world_size} (global ranks {self.ranks}, deadline {envs.FVOPS_TIMEOUT_S:g} s); "
-                f"{who}. The transport says: {error}"
-            ) from error
+                f"{checks.where(op, self.unique_name)}: this group is broken since an earlier error, for its ranks may "
+                "be in different calls. Initialize again, after cleanup_dist_env_and_memory(). "
+                f"The error was: {self.failure}"
+            )
+
+    def break_with(self, reason: str) -> None:
+        """Refuse every later call with `reason`, and tell the ranks that wait for this one, where that is possible."""
+        if not self.failure and self.world_size > 1:
+            self.failure = reason
+            self.transport.give_up(reason)
+
+    def _judge(self, error: BaseException, entry: journal.Entry, peer: int | None) -> None:
+        """Raise `error` with what the group knows of it, and break the group unless nothing was sent."""
+        if isinstance(error, RefusedError):
+            raise RefusedError(f"{checks.where(entry.op, self.unique_name)}: {error}") from error
+        if isinstance(error, (TypeError, ValueError)):
+            return
+        if not isinstance(error, RuntimeError) or isinstance(error, debug_check.MismatchError):
+            # An interrupt in the middle of a call, or a call that the ranks do not agree on.
+            self.break_with(f"{type(error).__name__} in {entry}: {error}")
+            return
+        # A transport that knows who is at fault says so itself.
+        missing = getattr(error, "places", ())
+        if missing:
+            who = self.roll_call.names(missing, self.ranks)
+        else:
+            expected = range(self.world_size) if peer is None else [peer]
+            who = self.roll_call.describe(f"{entry.way} {entry.number}", expected, self.ranks)
+        of = ", ".join(f"{tuple(shape)} {entry.dtype}" for shape in entry.shapes)
+        kind = f"call {entry.number}" if peer is None else f"message {entry.number} on the way {entry.way}"
+        explained = RuntimeError(
+            f"{checks.where(entry.op, self.unique_name)}{of and f' of {of}'}, {kind}, failed "
+            f"on place {self.rank} of {self.world_size} (global ranks {self.ranks}, deadline {self.timeout_s:g} s); "
+            f"{who}. The transport says: {error}"
+        )
+        self.break_with(str(explained))
+        raise explained from error
 
 
 def _list(tensors: Tensor | list[Tensor] | None) -> list[Tensor]:
     return [] if tensors is None else [tensors] if isinstance(tensors, Tensor) else tensors
-
-
-def _record(group: str, op: str, tensors: list[Tensor], arguments: dict[str, Any]) -> debug.CollectiveRecord:
-    return debug.CollectiveRecord(
-        group=group,
-        op=op,
-        shapes=tuple(tuple(tensor.shape) for tensor in tensors),
-        dtype=tensors[0].dtype if tensors else None,
-        arguments=tuple(arguments.items()),
-        nbytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-    )
 
 
 def _needs_grad(tensor: Tensor) -> bool:

@@ -16,13 +16,18 @@ TRANSPORTS = {
     "auto": ("cpu", "cuda", "npu"),
     "process_group": ("cpu", "cuda", "npu"),
     "shm": ("cpu",),
+    "symm": ("cuda",),
     "nccl": ("cpu", "cuda"),
     "hccl": ("cpu", "npu"),
 }
 
 
 def build_communicator(
-    cpu_group: dist.ProcessGroup, device: torch.device, device_group: dist.ProcessGroup, unique_name: str
+    cpu_group: dist.ProcessGroup,
+    device: torch.device,
+    device_group: dist.ProcessGroup,
+    unique_name: str,
+    timeout_s: float | None = None,
 ) -> DeviceCommunicatorBase:
     """The communicator for `device`, over the transport that ``FVOPS_TRANSPORT`` asks for. Collective.
 
@@ -38,7 +43,7 @@ def build_communicator(
             f"group {unique_name!r}: FVOPS_TRANSPORT={wanted} does not serve {device.type} tensors; "
             f"it serves {', '.join(TRANSPORTS[wanted])}"
         )
-    return _class_for(device.type, wanted)(cpu_group, device, device_group, unique_name)
+    return _class_for(device.type, wanted)(cpu_group, device, device_group, unique_name, timeout_s=timeout_s)
 
 
 def _class_for(device_type: str, transport: str) -> type[DeviceCommunicatorBase]:

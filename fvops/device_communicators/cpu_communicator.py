@@ -25,7 +25,9 @@ class CpuCommunicator(DeviceCommunicatorBase):
         if self.world_size > 1:
             wanted = envs.FVOPS_TRANSPORT
             refusal = f"FVOPS_TRANSPORT={wanted}" if wanted == "process_group" else ""
-            transport, words = ShmTransport.create(self.cpu_group, self.unique_name, refusal=refusal)
+            transport, words = ShmTransport.create(
+                self.cpu_group, self.unique_name, refusal=refusal, timeout_s=self.timeout_s
+            )
             if transport is not None:
                 return transport
             if wanted == "shm":

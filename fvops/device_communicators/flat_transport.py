@@ -15,7 +15,7 @@ from torch import Tensor
 from fvops.kernels import layout
 from fvops.kernels.pack import pack, unpack
 
-__all__ = ["FlatTransport", "as_bytes", "combine", "reduced_dtype"]
+__all__ = ["FlatTransport", "RefusedError", "as_bytes", "combine", "reduced_dtype"]
 
 # gloo, NCCL and HCCL reduce these in no form of their own; the wider dtype represents every value, and casting back
 # rounds (floats) or wraps (integers) once.
@@ -49,6 +49,10 @@ def as_bytes(buffer: Tensor) -> Tensor:
 def reduced_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a tensor of `dtype` is reduced where a backend does not know its own."""
     return _REDUCED_AS.get(dtype, dtype)
+
+
+class RefusedError(RuntimeError):
+    """A transport refused a call before it sent anything: the group is as good as before."""
 
 
 class FlatTransport:
@@ -188,8 +192,15 @@ class FlatTransport:
         """Return once every peer has come."""
         raise NotImplementedError
 
+    def waiting_for(self) -> list[int]:
+        """The places that this rank waits for at this moment, as far as the transport knows; from any thread."""
+        return []
+
+    def give_up(self, reason: str) -> None:
+        """The group is broken: wait for nobody any more, and let those know that wait for this rank."""
+
     def close(self) -> None:
-        """Release what is held, after waiting for open sends, at most ``FVOPS_TIMEOUT_S``.
+        """Release what is held, after waiting for open sends, at most until the deadline.
 
         Raises:
             RuntimeError: a send was not received.

@@ -8,17 +8,17 @@ lane is made at its first message, by both ends; the sender's end in a thread, s
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from fvops import envs
+from fvops.device_communicators.flat_transport import RefusedError
 from fvops.device_communicators.library_communicator import LibraryCommunicator
 from fvops.device_communicators.library_streams import Streams
 from fvops.device_communicators.pending_sends import PendingSends
 from fvops.logger import init_logger
+from fvops.stateless_process_group import StatelessProcessGroup
 
 __all__ = ["Lanes"]
 
@@ -29,13 +29,19 @@ class Lanes:
     """The lanes of one rank.
 
     Args:
-        make: builds a communicator of two ranks from a bootstrap object (see `library_bootstrap.StatelessGroup`).
+        make: builds a communicator of two ranks from their group and its name.
         prefix: of the store's keys; no other group, now or earlier, may have the same.
         rank: this rank's place.
         streams: of the device.
     """
 
-    def __init__(self, make: Callable[[Any], LibraryCommunicator], prefix: str, rank: int, streams: Streams) -> None:
+    def __init__(
+        self,
+        make: Callable[[StatelessProcessGroup, str], LibraryCommunicator],
+        prefix: str,
+        rank: int,
+        streams: Streams,
+    ) -> None:
         self._make = make
         self._prefix = prefix
         self._rank = rank
@@ -47,18 +53,18 @@ class Lanes:
         """Send `buffer`, which nobody else writes, to place `dst`; RuntimeError when an earlier message failed."""
         if dst not in self._out:
             name = f"{self._prefix}/{self._rank}-{dst}"
-            self._out[dst] = _OutgoingLane(lambda: self._make(_Pair(name, 0)), name, self._streams)
+            self._out[dst] = _OutgoingLane(lambda: self._open(name, 0), name, self._streams)
         self._out[dst].send(buffer)
 
     def recv(self, buffer: Tensor, src: int) -> None:
         """Fill `buffer` with what place `src` sends."""
         if src not in self._in:
             if self._streams.capturing():
-                raise RuntimeError(
+                raise RefusedError(
                     f"the first message from place {src} is inside a CUDA-graph capture, where no connection can be "
                     "made; receive one before capturing"
                 )
-            self._in[src] = _usable(self._make(_Pair(f"{self._prefix}/{src}-{self._rank}", 1)))
+            self._in[src] = self._open(f"{self._prefix}/{src}-{self._rank}", 1)
         self._in[src].recv(buffer, 0)
 
     def close(self, timeout_s: float) -> None:
@@ -68,6 +74,14 @@ class Lanes:
         for comm in self._in.values():
             comm.destroy()
         self._out, self._in = {}, {}
+
+    def _open(self, name: str, end: int) -> LibraryCommunicator:
+        """This end, 0 sends and 1 receives, of the lane `name`; waits for the other."""
+        pair = StatelessProcessGroup.over_store(dist.distributed_c10d._get_default_store(), name, end, 2)
+        comm = self._make(pair, name)
+        if not comm.available:
+            raise RuntimeError(f"{comm.NAME} could start for the group, but not for two of its ranks")
+        return comm
 
 
 class _OutgoingLane:
@@ -82,7 +96,7 @@ class _OutgoingLane:
     def send(self, buffer: Tensor) -> None:
         if self._streams.capturing():
             if self._comm is None:
-                raise RuntimeError(
+                raise RefusedError(
                     f"the first message of {self._name} is inside a CUDA-graph capture, where no connection can be "
                     "made; send one before capturing"
                 )
@@ -104,35 +118,8 @@ class _OutgoingLane:
     def _see_through(self, buffer: Tensor, ready: Any) -> None:
         with self._streams.use_device():
             if self._comm is None:
-                self._comm = _usable(self._make())
+                self._comm = self._make()
                 self._stream = self._streams.side()
             if self._stream is not None:
                 self._stream.wait_event(ready)
             self._comm.send(buffer, 1, stream=self._stream)
-
-
-class _Pair:
-    """What two ranks need to start a communicator: they meet in torch.distributed's store."""
-
-    world_size = 2
-
-    def __init__(self, name: str, rank: int) -> None:
-        self.unique_name = name
-        self.rank = rank
-        self._exchanged = 0
-
-    def broadcast_obj(self, obj: Any, src: int) -> bytes:
-        key = f"{self.unique_name}/{self._exchanged}"
-        self._exchanged += 1
-        store = dist.distributed_c10d._get_default_store()
-        if self.rank == src:
-            store.set(key, obj)
-            return obj
-        store.wait([key], timedelta(seconds=envs.FVOPS_TIMEOUT_S))
-        return bytes(store.get(key))
-
-
-def _usable(comm: LibraryCommunicator) -> LibraryCommunicator:
-    if not comm.available:
-        raise RuntimeError(f"{comm.NAME} could start for the group, but not for two of its ranks")
-    return comm

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,18 @@ from fvops.device_communicators.library_arguments import check_pair, check_rows
 from fvops.device_communicators.library_connection import LibraryConnection
 from fvops.reduce_op import reduce_op_name
 
-__all__ = ["LibraryCommunicator"]
+__all__ = ["Exchange", "LibraryCommunicator"]
+
+
+class Exchange(NamedTuple):
+    """An all-to-all as a library is handed it: addresses, its dtype, bytes of an element, elements by peer."""
+
+    send: int
+    recv: int
+    dtype: int
+    width: int
+    send_counts: Sequence[int]
+    recv_counts: Sequence[int]
 
 
 class LibraryCommunicator(LibraryConnection):
@@ -122,14 +133,15 @@ class LibraryCommunicator(LibraryConnection):
         split = (output_split_sizes, input_split_sizes)
         check_rows(name, self.group_name, output_tensor, input_tensor, *split, self.world_size)
         dtype, factor = self._wire(input_tensor)
-        addresses = (input_tensor.data_ptr(), output_tensor.data_ptr())
+        place = (input_tensor.data_ptr(), output_tensor.data_ptr(), dtype, input_tensor.element_size() // factor)
         if output_split_sizes is None or input_split_sizes is None:
             count = input_tensor.numel() * factor // self.world_size
-            self._all_to_all(name, stream, *addresses, count, dtype, input_tensor.element_size() // factor)
+            counts = [count] * self.world_size
+            self._all_to_all(name, stream, Exchange(*place, counts, counts), count)
             return
         row = input_tensor.shape[1:].numel() * factor
         sends, recvs = [size * row for size in input_split_sizes], [size * row for size in output_split_sizes]
-        self._all_to_all_v(name, stream, *addresses, sends, recvs, dtype, input_tensor.element_size() // factor)
+        self._all_to_all_v(name, stream, Exchange(*place, sends, recvs))
 
     @abstractmethod
     def group_start(self) -> None:
@@ -143,7 +155,7 @@ class LibraryCommunicator(LibraryConnection):
             RuntimeError: no group is open.
         """
 
-    # Where the libraries differ; counts are in the library's elements, of `width` bytes
+    # Where the libraries differ; counts are in the library's elements
 
     @abstractmethod
     def _native(self, dtype: torch.dtype, reduce_op: str) -> tuple[int, int] | None:
@@ -156,20 +168,11 @@ class LibraryCommunicator(LibraryConnection):
     def _transfer(self, op: str, stream: Any, tensor: Tensor, peer: int, *, sending: bool) -> None: ...
 
     @abstractmethod
-    def _all_to_all(self, op: str, stream: Any, send: int, recv: int, count: int, dtype: int, width: int) -> None: ...
+    def _all_to_all(self, op: str, stream: Any, parts: Exchange, count: int) -> None:
+        """Every part has `count` elements."""
 
     @abstractmethod
-    def _all_to_all_v(
-        self,
-        op: str,
-        stream: Any,
-        send: int,
-        recv: int,
-        send_counts: Sequence[int],
-        recv_counts: Sequence[int],
-        dtype: int,
-        width: int,
-    ) -> None: ...
+    def _all_to_all_v(self, op: str, stream: Any, parts: Exchange) -> None: ...
 
     # Shared steps
 

@@ -32,8 +32,8 @@ class LibraryConnection(ABC):
     """One communicator. Peers are places in `group`; tensors are contiguous and on `device`.
 
     With one rank (unless `allow_single_rank`), or where any rank has no library, it is disabled on every rank: it can
-    be asked and destroyed, and its calls raise RuntimeError. A call that fails or outlasts ``FVOPS_TIMEOUT_S`` (read
-    here) aborts the communicator; from then on every call raises, and `abort_reason` says why.
+    be asked and destroyed, and its calls raise RuntimeError. A call that fails or outlasts its
+    deadline aborts the communicator; from then on every call raises, and `abort_reason` says why.
 
     Args:
         group: a ProcessGroup that carries CPU tensors, None for the default one, or a `StatelessGroup`.
@@ -41,6 +41,9 @@ class LibraryConnection(ABC):
         library_path: the library to load; default: see `library_loading`.
         allow_single_rank: also communicate with oneself.
         group_name: the group's name in messages; default: the process group's own.
+        timeout_s: deadline of each call and of the start, seconds; default ``FVOPS_TIMEOUT_S``, read here.
+        lazy: settle here only whether the group has the library, and connect at the first call, which every rank must
+            make: a connection costs over half a gigabyte of a GPU's memory, and not every group is used.
 
     Attributes:
         rank, world_size, group, device: as above.
@@ -69,6 +72,8 @@ class LibraryConnection(ABC):
         *,
         allow_single_rank: bool = False,
         group_name: str | None = None,
+        timeout_s: float | None = None,
+        lazy: bool = False,
     ) -> None:
         bootstrap = Bootstrap(group, self.BACKEND, group_name)
         self.group = bootstrap.group
@@ -78,6 +83,7 @@ class LibraryConnection(ABC):
         self.unique_id: bytes | None = None
         self.available, self.disabled = False, True
         self._why_disabled = "it has one rank"
+        self._not_connected: Bootstrap | None = None
         self._streams = Streams(self.device)
         # Held while the library is asked about the communicator, so that nobody ends it in that moment.
         self._asking = threading.Lock()
@@ -86,7 +92,7 @@ class LibraryConnection(ABC):
         self._group_streams: list[Any] = []
         self._watchdog = Watchdog(
             self.group_name,
-            envs.FVOPS_TIMEOUT_S,
+            envs.FVOPS_TIMEOUT_S if timeout_s is None else timeout_s,
             abort=self._abort,
             async_error=self._async_error,
             busy=lambda: self._group_depth > 0,
@@ -96,7 +102,10 @@ class LibraryConnection(ABC):
             return
         if not self._all_have_library(bootstrap, library_path):
             return
-        self._start(bootstrap)
+        self.available, self.disabled = True, False
+        self._not_connected = bootstrap
+        if not lazy:
+            self._connect_now(bootstrap)
 
     @abstractmethod
     def _load(self, path: str | None) -> CommunicationLibrary: ...
@@ -151,6 +160,14 @@ class LibraryConnection(ABC):
             logger.warning_once("%s is disabled: %s", type(self).__name__, self._why_disabled)
         return not lacking
 
+    def _connect_now(self, bootstrap: Bootstrap) -> None:
+        self._not_connected = None
+        try:
+            self._start(bootstrap)
+        except RuntimeError as error:
+            self.available, self.disabled, self._why_disabled = False, True, str(error)
+            raise
+
     def _start(self, bootstrap: Bootstrap) -> None:
         failure, unique_id = "", b""
         with self._streams.use_device():
@@ -174,10 +191,9 @@ class LibraryConnection(ABC):
             if self.comm is None:
                 raise RuntimeError(
                     f"{self.NAME}: initialisation of rank {self.rank} of {self.world_size} on group "
-                    f"{self.group_name!r}: not all ranks came within {deadline_s:g} s (FVOPS_TIMEOUT_S)"
+                    f"{self.group_name!r}: not all ranks came within {deadline_s:g} s"
                 )
         self.unique_id = unique_id
-        self.available, self.disabled = True, False
 
     @property
     def abort_reason(self) -> str | None:
@@ -193,6 +209,10 @@ class LibraryConnection(ABC):
     def broken(self) -> bool:
         """Was it aborted?"""
         return self._watchdog.reason is not None
+
+    def abort(self, reason: str) -> None:
+        """Break the communicator: every later call raises with `reason`. Safe to call twice."""
+        self._watchdog.break_with(reason)
 
     def destroy(self, deadline_s: float | None = None) -> None:
         """Flush and free the communicator; after `deadline_s` seconds (default: its deadline) it is aborted instead.
@@ -272,6 +292,8 @@ class LibraryConnection(ABC):
         op = f"{self.NAME}.{op}"
         if self.disabled:
             raise RuntimeError(f"{where(op, self.group_name)}: the communicator is disabled: {self._why_disabled}")
+        if self._not_connected is not None:
+            self._connect_now(self._not_connected)
         self._refuse_if_broken(op)
         for what, tensor in tensors.items():
             check_buffer(op, self.group_name, what, tensor, self.device)

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fvops import envs
 from fvops.device_communicators.flat_transport import FlatTransport, as_bytes, reduced_dtype
 from fvops.device_communicators.lanes import Lanes
 from fvops.device_communicators.library_communicator import LibraryCommunicator
@@ -27,15 +26,17 @@ class LibraryTransport(FlatTransport):
         comm: the communicator of the whole group; owned by the caller.
         cpu_group: the process group for `barrier`.
         lanes: the communicators for `send` and `recv`.
+        timeout_s: how long `close` waits for open sends, seconds.
     """
 
-    def __init__(self, comm: LibraryCommunicator, cpu_group: dist.ProcessGroup, lanes: Lanes) -> None:
+    def __init__(self, comm: LibraryCommunicator, cpu_group: dist.ProcessGroup, lanes: Lanes, timeout_s: float) -> None:
         self.comm = comm
         self.cpu_group = cpu_group
         self.device = comm.device
         self.world_size = comm.world_size
         self.name = f"{comm.BACKEND} ({comm.NAME})"
         self._lanes = lanes
+        self._timeout_s = timeout_s
 
     def send(self, input_: Tensor, dst: int) -> None:
         # A copy: the caller may overwrite its tensor as soon as this returns.
@@ -47,8 +48,12 @@ class LibraryTransport(FlatTransport):
     def barrier(self) -> None:
         dist.barrier(self.cpu_group)
 
+    def give_up(self, reason: str) -> None:
+        self._timeout_s = 0.0
+        self.comm.abort(reason)
+
     def close(self) -> None:
-        self._lanes.close(envs.FVOPS_TIMEOUT_S)
+        self._lanes.close(self._timeout_s)
         self.comm.destroy()
 
     def _reduces_as(self, dtype: torch.dtype, reduce_op: str) -> torch.dtype | None:

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fvops import envs
 from fvops.device_communicators.flat_transport import FlatTransport, as_bytes
 from fvops.device_communicators.pending_sends import PendingSends
 from fvops.torch_compat import all_gather_flat, reduce_scatter_flat
@@ -38,10 +37,16 @@ class ProcessGroupTransport(FlatTransport):
         cpu_group: the one for `barrier`.
         device: where the tensors live.
         unique_name: the group's name, for messages.
+        timeout_s: how long `close` waits for open sends, seconds; the process groups have deadlines of their own.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, cpu_group: dist.ProcessGroup, device: torch.device, unique_name: str
+        self,
+        group: dist.ProcessGroup,
+        cpu_group: dist.ProcessGroup,
+        device: torch.device,
+        unique_name: str,
+        timeout_s: float,
     ) -> None:
         self.group = group
         self.cpu_group = cpu_group
@@ -52,6 +57,7 @@ class ProcessGroupTransport(FlatTransport):
         # gloo's send and recv take any address for one in host memory.
         self._through_host = device.type != "cpu" and dist.get_backend(group) == "gloo"
         self._sends = PendingSends(unique_name)
+        self._timeout_s = timeout_s
         # On an accelerator a send runs on a stream of the backend: (work, buffer) until it is done.
         self._launched: list[tuple[Any, Tensor]] = []
 
@@ -78,9 +84,12 @@ class ProcessGroupTransport(FlatTransport):
     def barrier(self) -> None:
         dist.barrier(self.cpu_group)
 
+    def give_up(self, reason: str) -> None:
+        self._timeout_s = 0.0
+
     def close(self) -> None:
         self._launched.clear()
-        self._sends.drain(envs.FVOPS_TIMEOUT_S)
+        self._sends.drain(self._timeout_s)
 
     def _all_to_all(self, recvs: Sequence[Tensor], sends: Sequence[Tensor]) -> None:
         # All are started before the first is waited for: several tensors are one exchange, as far as torch lets them.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fvops.checks import where
 from fvops.device_communicators.library_bootstrap import StatelessGroup
-from fvops.device_communicators.library_communicator import LibraryCommunicator
+from fvops.device_communicators.library_communicator import Exchange, LibraryCommunicator
 from fvops.device_communicators.library_watchdog import bounded
 from fvops.device_communicators.pyhccl_wrapper import DTYPES, REDUCTIONS, HCCLLibrary, Transfer
 
@@ -52,9 +52,19 @@ class PyHcclCommunicator(LibraryCommunicator):
         *,
         allow_single_rank: bool = False,
         group_name: str | None = None,
+        timeout_s: float | None = None,
+        lazy: bool = False,
     ) -> None:
         self._batch: list[tuple[Tensor, int, bool]] = []  # tensor, peer, is it a send
-        super().__init__(group, device, library_path, allow_single_rank=allow_single_rank, group_name=group_name)
+        super().__init__(
+            group,
+            device,
+            library_path,
+            allow_single_rank=allow_single_rank,
+            group_name=group_name,
+            timeout_s=timeout_s,
+            lazy=lazy,
+        )
 
     @property
     def hccl(self) -> HCCLLibrary:
@@ -165,18 +175,9 @@ class PyHcclCommunicator(LibraryCommunicator):
         function = self.hccl.send if sending else self.hccl.recv
         self._run(op, stream, function, tensor.data_ptr(), tensor.numel() * factor, dtype, peer)
 
-    def _all_to_all(self, op: str, stream: Any, send: int, recv: int, count: int, dtype: int, width: int) -> None:
-        self._run(op, stream, self.hccl.all_to_all, send, recv, count, dtype)
+    def _all_to_all(self, op: str, stream: Any, parts: Exchange, count: int) -> None:
+        self._run(op, stream, self.hccl.all_to_all, parts.send, parts.recv, count, parts.dtype)
 
-    def _all_to_all_v(
-        self,
-        op: str,
-        stream: Any,
-        send: int,
-        recv: int,
-        send_counts: Sequence[int],
-        recv_counts: Sequence[int],
-        dtype: int,
-        width: int,
-    ) -> None:
-        self._run(op, stream, self.hccl.all_to_all_v, send, send_counts, recv, recv_counts, dtype)
+    def _all_to_all_v(self, op: str, stream: Any, parts: Exchange) -> None:
+        counts = (parts.send, parts.send_counts, parts.recv, parts.recv_counts)
+        self._run(op, stream, self.hccl.all_to_all_v, *counts, parts.dtype)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fvops.device_communicators.library_communicator import LibraryCommunicator
+from fvops.device_communicators.library_communicator import Exchange, LibraryCommunicator
 from fvops.device_communicators.library_loading import LibraryError
 from fvops.device_communicators.library_watchdog import bounded
 from fvops.device_communicators.pynccl_wrapper import DTYPES, IN_PROGRESS, REDUCTIONS, NCCLLibrary
@@ -159,33 +159,22 @@ class PyNcclCommunicator(LibraryCommunicator):
         function = self.nccl.send if sending else self.nccl.recv
         self._run(op, stream, function, tensor.data_ptr(), tensor.numel() * factor, dtype, peer)
 
-    def _all_to_all(self, op: str, stream: Any, send: int, recv: int, count: int, dtype: int, width: int) -> None:
+    def _all_to_all(self, op: str, stream: Any, parts: Exchange, count: int) -> None:
         if self.nccl.has("ncclAlltoAll") and not self._group_depth:
-            self._run(op, stream, self.nccl.all_to_all, send, recv, count, dtype)
-            return
-        counts = [count] * self.world_size
-        self._all_to_all_v(op, stream, send, recv, counts, counts, dtype, width)
+            self._run(op, stream, self.nccl.all_to_all, parts.send, parts.recv, count, parts.dtype)
+        else:
+            self._all_to_all_v(op, stream, parts)
 
-    def _all_to_all_v(
-        self,
-        op: str,
-        stream: Any,
-        send: int,
-        recv: int,
-        send_counts: Sequence[int],
-        recv_counts: Sequence[int],
-        dtype: int,
-        width: int,
-    ) -> None:
+    def _all_to_all_v(self, op: str, stream: Any, parts: Exchange) -> None:
         def exchange(comm: int, handle: int | None) -> bool:
             self.nccl.group_start()
             self._group_depth += 1
-            to, at = send, recv
-            for peer in range(self.world_size):
-                self.nccl.send(to, send_counts[peer], dtype, peer, comm, handle)
-                self.nccl.recv(at, recv_counts[peer], dtype, peer, comm, handle)
-                to += send_counts[peer] * width
-                at += recv_counts[peer] * width
+            to, at = parts.send, parts.recv
+            for peer, (sent, received) in enumerate(zip(parts.send_counts, parts.recv_counts, strict=True)):
+                self.nccl.send(to, sent, parts.dtype, peer, comm, handle)
+                self.nccl.recv(at, received, parts.dtype, peer, comm, handle)
+                to += sent * parts.width
+                at += received * parts.width
             self._group_depth -= 1
             return self.nccl.group_end()
 

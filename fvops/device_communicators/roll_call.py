@@ -1,8 +1,8 @@
-"""After a collective has failed: which ranks came to it?
+"""After a collective has failed, or lasted long: which ranks came to it?
 
 A rank whose transport gives up closes its connections, so the other ranks that were waiting fail within milliseconds
 too. Each of them leaves a mark in torch.distributed's store and looks for the others' for a moment. Who leaves none is
-missing: dead, stuck, or busy elsewhere.
+missing: dead, stuck, or busy elsewhere. Ranks that have waited long in a call tell one another the same way.
 """
 
 from __future__ import annotations
@@ -46,6 +46,17 @@ class RollCall:
         if not absent:
             return "every rank of the group came to it, and it failed there too"
         return self.names(absent, ranks)
+
+    def waiting(self, call: str, places: Sequence[int], ranks: Sequence[int]) -> str:
+        """Say who of `places` does not wait in `call`, as this rank has for long. Takes at most two seconds."""
+        try:
+            absent = self._absent(f"slow {call}", [place for place in places if place != self._rank])
+        except RuntimeError as error:
+            return f"whom it waits for cannot be told, the store is gone ({error})"
+        if not absent:
+            return "every other rank waits in it too"
+        named = ", ".join(f"place {place} (global rank {ranks[place]})" for place in absent)
+        return f"not in it, or not for as long: {named}"
 
     @staticmethod
     def names(absent: Sequence[int], ranks: Sequence[int]) -> str:

@@ -149,12 +149,12 @@ class MessageQueue:
             raise ValueError(f"place {self.writer_rank} wrote what is no message: {bytes(frame[:20])!r}")
         return decode(memoryview(frame)[1:])
 
-    def broadcast_object(self, obj: Any | None = None) -> Any:
+    def broadcast_object(self, obj: Any | None = None, timeout: float | None = None) -> Any:
         """`obj` of the writer, on every rank: `enqueue` there, `dequeue` elsewhere. Raises as they do."""
         if self.is_writer:
-            self.enqueue(obj)
+            self.enqueue(obj, timeout)
             return obj
-        return self.dequeue()
+        return self.dequeue(timeout)
 
     def close(self) -> None:
         """Leave the queue; the others are told when they next wait for this rank. Safe to call twice."""
@@ -186,7 +186,7 @@ class MessageQueue:
         """After an error in the middle of an object the ends do not agree on where they are."""
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # whatever it was, the stream is cut in the middle
             self._broken = f"it failed in the middle of an object ({error})"
             self.close()
             raise

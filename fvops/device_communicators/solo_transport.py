@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fvops.device_communicators.flat_transport import FlatTransport
+from fvops.device_communicators.flat_transport import FlatTransport, RefusedError
 
 __all__ = ["SoloTransport"]
 
@@ -29,7 +29,7 @@ class SoloTransport(FlatTransport):
         self, output: Tensor, input_: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]
     ) -> None:
         if list(output_rows) != list(input_rows):
-            raise RuntimeError(f"one rank sends itself {list(input_rows)} rows, but receives {list(output_rows)}")
+            raise RefusedError(f"one rank sends itself {list(input_rows)} rows, but receives {list(output_rows)}")
         output.copy_(input_)
 
     def all_gather(self, outputs: Tensor, input_: Tensor) -> None:

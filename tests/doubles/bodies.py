@@ -14,22 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from tests.cases import REDUCE_OPS
 from tests.draws import bits, make
 
 __all__ = ["Call", "communicator", "cpu_group", "double", "error_of", "fresh", "run_calls", "text_of"]
 
 _cached: dict[tuple[str, str], Any] = {}
-
-REDUCE_OPS = {
-    "sum": dist.ReduceOp.SUM,
-    "avg": dist.ReduceOp.AVG,
-    "max": dist.ReduceOp.MAX,
-    "min": dist.ReduceOp.MIN,
-    "product": dist.ReduceOp.PRODUCT,
-}
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from tests.doubles.bodies import cpu_group, double, error_of, fresh, kind, text_of
+from tests.waiting import wait_until
 
 __all__ = ["DEADLINE_S", "in_call", "in_life"]
 
@@ -105,9 +105,7 @@ def _async(s: Scene) -> None:
     s.inject("AllReduce", ASYNC, 4)
     s.comm.all_reduce(torch.ones(3))
     if s.guilty:
-        until = time.monotonic() + 30
-        while not s.comm.broken and time.monotonic() < until:
-            time.sleep(0.02)
+        wait_until(lambda: bool(s.comm.broken))
         s.comm.all_reduce(torch.ones(3))
 
 
@@ -118,8 +116,7 @@ def _two_threads(s: Scene) -> None:
         return
     thread = threading.Thread(target=lambda: texts.append(text_of(lambda: s.comm.all_reduce(torch.ones(3)))))
     thread.start()
-    while s.comm._watchdog._current is None:
-        time.sleep(0.001)
+    wait_until(lambda: s.comm._watchdog._current is not None)
     try:
         s.comm.broadcast(torch.ones(3), 0)
     finally:

@@ -209,7 +209,7 @@ class ShmTransport:
         self._turn.check()
         try:
             self._messages.recv(output, src)
-        except BaseException as error:
+        except BaseException as error:  # an interrupt too: the place in the stream of messages is lost
             self._watch.fail(f"recv from place {src}: {error}", src)
             raise
 
@@ -220,6 +220,14 @@ class ShmTransport:
             self._own.publish(BARRIERS, self._barriers)
             for place in self._others:
                 self._watch.reach(self._watch.segments[place], BARRIERS, self._barriers, place)
+
+    def waiting_for(self) -> list[int]:
+        """The places that threads of this rank sleep for at this moment."""
+        return list(self._watch.waiting.values())
+
+    def give_up(self, reason: str) -> None:
+        """Break the group, and tell the ranks that wait for this one."""
+        self._watch.fail(reason, self.rank)
 
     def close(self) -> None:
         """Leave the group: later calls are refused, results stay valid. Not collective; safe to call twice.
@@ -304,7 +312,7 @@ class _Turn:
         self._lock.acquire()
         try:
             self.check()
-        except BaseException:
+        except BaseException:  # `__exit__` is not called when this raises
             self._lock.release()
             raise
 

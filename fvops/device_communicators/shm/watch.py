@@ -8,6 +8,7 @@ fails marks its segment and wakes all who may be waiting for it.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 
@@ -55,6 +56,7 @@ class Watch:
 
     Attributes:
         failure: why this rank has given up; empty while all is well.
+        waiting: the places that threads of this rank sleep for at this moment, by thread.
     """
 
     def __init__(self, me: int, segments: Sequence[Segment], peers: Mapping[int, Peer], timeout_s: float) -> None:
@@ -62,6 +64,7 @@ class Watch:
         self.segments = segments
         self.timeout_s = timeout_s
         self.failure = ""
+        self.waiting: dict[int, int] = {}
         self._peers = peers
         self._looks = _MOST_LOOKS if len(segments) <= len(os.sched_getaffinity(0)) else _FEWEST_LOOKS
 
@@ -79,7 +82,12 @@ class Watch:
                     break
             else:
                 self._looks = max(_FEWEST_LOOKS, self._looks // 2)
-                self._sleep(segment, index, target, place)
+                thread = threading.get_ident()
+                self.waiting[thread] = place
+                try:
+                    self._sleep(segment, index, target, place)
+                finally:
+                    del self.waiting[thread]
         if futex.WEAKLY_ORDERED:
             futex.wake(segment.address + 4 * index)
 

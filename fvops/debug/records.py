@@ -1,4 +1,4 @@
-"""Watching collectives: a recorder that sees what the transports are asked to do, in order, in this process.
+"""Recording collectives: what the transports are asked to do, in order, in this process.
 
 Entries are made where a device communicator hands data to its transport, not where Python calls a method: a compiled
 graph, a backward thread and an eager call all leave the same trace. A CUDA-graph replay runs no Python and therefore
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from fvops.debug.calls import Call, observers
 
 __all__ = ["CollectiveRecord", "canonical", "record_collectives"]
 
@@ -40,22 +42,23 @@ class CollectiveRecord:
 
 
 _lock = threading.Lock()
-# The lists of the open `record_collectives` blocks; the communicators look here before they make an entry.
-recorders: list[list[CollectiveRecord]] = []
 
 
 @contextmanager
 def record_collectives() -> Iterator[list[CollectiveRecord]]:
     """Collect a `CollectiveRecord` for every collective that any thread of this process issues inside the block."""
     records: list[CollectiveRecord] = []
-    with _lock:
-        recorders.append(records)
+
+    def append(call: Call) -> None:
+        entry = _record(call)
+        with _lock:
+            records.append(entry)
+
+    observers.append(append)
     try:
         yield records
     finally:
-        with _lock:
-            # By identity: two recorders may hold equal lists.
-            recorders[:] = [other for other in recorders if other is not records]
+        observers.remove(append)
 
 
 def canonical(records: list[CollectiveRecord]) -> list[tuple[str, str, int]]:
@@ -63,8 +66,12 @@ def canonical(records: list[CollectiveRecord]) -> list[tuple[str, str, int]]:
     return [(record.group, record.op, record.nbytes) for record in records]
 
 
-def record(entry: CollectiveRecord) -> None:
-    """Append `entry` to every open recorder (called by the device communicators)."""
-    with _lock:
-        for records in recorders:
-            records.append(entry)
+def _record(call: Call) -> CollectiveRecord:
+    return CollectiveRecord(
+        group=call.member.group,
+        op=call.op,
+        shapes=tuple(tuple(tensor.shape) for tensor in call.tensors),
+        dtype=call.tensors[0].dtype if call.tensors else None,
+        arguments=tuple(call.arguments.items()),
+        nbytes=sum(tensor.numel() * tensor.element_size() for tensor in call.tensors),
+    )

@@ -1,0 +1,197 @@
+"""Compiles a function and looks at its graphs: as a backend of torch.compile around Inductor that stops before code.
+
+In place of Inductor's code the captured graphs themselves run, op by op, so that what follows a break is seen too. On
+fake tensors nothing is computed or sent; on real ones everything is, on every rank alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters, graph_break_reasons
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fvops.graph_report.contents import Break, Graph
+from fvops.graph_report.user_lines import line_of_stack
+
+__all__ = ["Watcher", "call", "fakes_in_place_of"]
+
+
+class Watcher:
+    """A backend that keeps a `Graph`, without times, for every graph that Inductor would generate code for.
+
+    Args:
+        options: Inductor's configuration while it lowers, as torch.compile's `options`.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        # A cached graph would not be lowered; what is captured in a CUDA graph must be code.
+        self.options = {**options, "force_disable_caches": True, "triton.cudagraphs": False}
+        self.graphs: list[Graph] = []
+        self._count = 0
+
+    def __call__(self, gm: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        from torch._inductor import compile_fx
+
+        number, self._count = self._count, self._count + 1
+
+        def inner_compile(graph: torch.fx.GraphModule, graph_inputs: Any, **kwargs: Any) -> Callable[..., Any]:
+            runner = copy.deepcopy(graph)  # lowering changes the graph
+            phase = "inference" if kwargs.get("is_inference") else "forward"
+            self._lower(graph, graph_inputs, number, "backward" if kwargs.get("is_backward") else phase, kwargs)
+            return _boxed(runner)
+
+        compile_graph: Any = compile_fx.compile_fx
+        compiled: Callable[..., Any] = compile_graph(
+            gm, inputs, inner_compile=inner_compile, config_patches=self.options
+        )
+        return compiled
+
+    def _lower(self, graph: torch.fx.GraphModule, inputs: Any, number: int, phase: str, kwargs: Any) -> None:
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        from fvops.graph_report.scheduled import kernels_of, lowered, memory_of
+
+        def look(lowering: Any) -> None:
+            self.graphs.append(Graph(number, phase, tuple(kernels_of(lowering)), *memory_of(lowering)))
+
+        with lowered(look):
+            compile_fx_inner(graph, inputs, **kwargs)
+
+
+def _boxed(graph: torch.fx.GraphModule) -> Callable[..., Any]:
+    """`graph` in AOTAutograd's calling convention: one list, which the callee empties."""
+
+    def run(args: Any) -> Any:
+        held = list(args)
+        args.clear()
+        return graph(*held)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def call(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    watcher: Watcher,
+    backward: bool,
+    dynamic: bool | None,
+) -> tuple[list[Break], str]:
+    """Run `fn` compiled with `watcher`; the graph breaks, and why a run on fake tensors ended early.
+
+    Raises:
+        ValueError: `backward`, and no output requires a gradient.
+    """
+
+    def entry(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    # A code object of its own: Dynamo's entries for it go when it goes, and nobody else's are in its way.
+    own = types.FunctionType(entry.__code__.replace(), entry.__globals__, closure=entry.__closure__)
+    compiled = torch.compile(own, backend=watcher, dynamic=dynamic)
+    with _dynamo_state_kept():
+        seen = len(graph_break_reasons)
+        stopped = ""
+        try:
+            with torch.enable_grad() if backward else torch.no_grad():
+                outputs = compiled(*args, **kwargs)
+                if backward:
+                    _run_backward(outputs, fn, args, kwargs)
+        except DataDependentOutputException as error:
+            stopped = f"{error.func} needs the value of a tensor, and there are only fake ones"
+        breaks = [
+            Break(line_of_stack(reason.user_stack), reason.reason.splitlines()[0])
+            for reason in graph_break_reasons[seen:]
+        ]
+    # Once for each place: a break in a function that was being inlined is met again when it is compiled by itself.
+    return list({found.where: found for found in breaks}.values()), stopped
+
+
+def _run_backward(outputs: Any, fn: Any, args: Any, kwargs: Any) -> None:
+    heads = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    leaves = [*tree_leaves((args, kwargs)), *(fn.parameters() if isinstance(fn, nn.Module) else ())]
+    leaves = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if not heads or not leaves:
+        raise ValueError(
+            "fvops.report(backward=True): no output requires a gradient, or no argument and no parameter of a module "
+            "does; let one of them require one"
+        )
+    # Not backward(): that would add to the .grad of the caller's tensors.
+    torch.autograd.grad(heads, leaves, [torch.ones_like(head) for head in heads], allow_unused=True)
+
+
+@contextlib.contextmanager
+def _dynamo_state_kept() -> Iterator[None]:
+    """Afterwards Dynamo's counters and its list of breaks are as before."""
+    before = {name: counter.copy() for name, counter in counters.items()}
+    breaks = len(graph_break_reasons)
+    try:
+        yield
+    finally:
+        counters.clear()
+        counters.update(before)
+        del graph_break_reasons[breaks:]
+
+
+@contextlib.contextmanager
+def fakes_in_place_of(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Inside, in a fake mode, a module's parameters and buffers are fake; hands out the arguments as fakes.
+
+    Args:
+        device: where what is on the meta device is taken to be.
+    """
+    modes = {leaf.fake_mode for leaf in _tensors_of(fn, args, kwargs) if isinstance(leaf, FakeTensor)}
+    if len(modes) > 1:
+        raise ValueError("fvops.report: the fake tensors are of several modes; make them all under one")
+    mode = modes.pop() if modes else FakeTensorMode(allow_non_fake_inputs=True)
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        if id(tensor) not in made:
+            made[id(tensor)] = _fake(tensor, mode, device)
+        return made[id(tensor)]
+
+    with mode, _swapped(fn, fake):
+        yield tree_map_only(Tensor, fake, (args, kwargs))
+
+
+def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
+    if not tensor.is_meta:
+        return mode.from_tensor(tensor)
+    with mode:
+        twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(twin, requires_grad=tensor.requires_grad)
+    return twin.requires_grad_(tensor.requires_grad)
+
+
+def _tensors_of(fn: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    own = [*fn.parameters(), *fn.buffers()] if isinstance(fn, nn.Module) else []
+    return [*own, *(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))]
+
+
+@contextlib.contextmanager
+def _swapped(fn: Any, fake: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    modules: list[Any] = list(fn.modules()) if isinstance(fn, nn.Module) else []
+    places = [(holder, dict(holder)) for module in modules for holder in (module._parameters, module._buffers)]
+    try:
+        for holder, before in places:
+            holder.update({name: fake(tensor) for name, tensor in before.items() if tensor is not None})
+        yield
+    finally:
+        for holder, before in places:
+            holder.clear()
+            holder.update(before)

@@ -1,0 +1,18 @@
+"""What every worker of the harness needs, got ready once, in the server that workers are forked from.
+
+Importing torch, fvops and Inductor takes seconds, and so does Inductor's trial compilation that finds the processor's
+vector instructions; some tests end their workers, so that a run starts dozens of them. Nothing here may start a thread
+or look for a GPU: neither survives a fork.
+"""
+
+import os
+
+# Read when Inductor is imported; with more, it would start a pool of processes.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+import torch._inductor.compile_fx  # noqa: F401
+from torch._inductor import cpu_vec_isa
+
+import fvops  # noqa: F401
+
+cpu_vec_isa.pick_vec_isa()
