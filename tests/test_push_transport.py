@@ -31,27 +31,25 @@ class _Streams:
         return None
 
 
-def _create(kind: Any = SharedBuffer) -> tuple[Any, str]:
-    import fvops
+def _create(group: Any, kind: Any = SharedBuffer) -> tuple[Any, str]:
     from fvops import registry
     from fvops.device_communicators.symmetric_transport import SymmetricTransport
 
     interpreted()
-    group = fvops.get_sp_group()
     base = registry.resolve(group.unique_name, group.world_size).transport
     streams: Any = _Streams()
-    return SymmetricTransport.create(base, group.cpu_group, group.unique_name, streams, kind)
+    return SymmetricTransport.create(base, group.cpu_group, group.unique_name, streams, kind, 300.0)
 
 
 @contextlib.contextmanager
-def _symmetric() -> Iterator[tuple[Any, Any]]:
-    """The group, exchanging through the transport, and the transport."""
+def _symmetric(group: Any = None) -> Iterator[tuple[Any, Any]]:
+    """The group, by default the sequence-parallel one, exchanging through the transport, and the transport."""
     import fvops
     from fvops import registry
 
-    group = fvops.get_sp_group()
+    group = fvops.get_sp_group() if group is None else group
     communicator = registry.resolve(group.unique_name, group.world_size)
-    transport, words = _create()
+    transport, words = _create(group)
     if transport is None:
         raise RuntimeError(words)
     communicator.transport = transport
@@ -201,7 +199,7 @@ def _capture() -> list[Any]:
 def test_a_capture_never_grows_the_buffer_and_keeps_it(two_ranks: Ranks) -> None:
     for small, refusal, large, kept, new in two_ranks.run(_capture):
         assert small
-        assert "fvops.all_to_all_4D on group 'sp:" in refusal
+        assert "fvops.exchange on group 'sp:" in refusal
         assert "cannot grow inside a CUDA-graph capture; call the group's warmup(shapes, dtype)" in refusal
         assert large
         assert kept
@@ -229,7 +227,7 @@ def _refused(how: str) -> tuple[bool, str]:
     if second and how == "values":
         push._take = {(n,): _nothing for n in range(1, 100)}
     try:
-        transport, words = _create(Kind)
+        transport, words = _create(fvops.get_sp_group(), Kind)
         return transport is None, words
     finally:
         push._take = take
@@ -245,7 +243,7 @@ def _nothing(*_: Any, **__: Any) -> None:
         ("memory", "place 1: it has none"),
         ("allocation", "place 1: no symmetric memory for slots of 524288 bytes: no room for"),
         ("kernel", "place 1: a first exchange failed: TypeError"),
-        ("values", "place 1: a first exchange gave other values than shared memory"),
+        ("values", "place 1: a first exchange gave wrong values"),
     ],
 )
 def test_one_rank_that_cannot_is_all_ranks(two_ranks: Ranks, how: str, told: str) -> None:
@@ -295,7 +293,11 @@ def test_asked_for_by_name(two_ranks: Ranks) -> None:
 
 def _missing(deadline_s: float) -> list[Any]:
     """Place 0 stays away from an exchange: what the others get, and what their next call says."""
-    with _symmetric() as (group, transport):
+    import fvops
+
+    world = fvops.get_sp_group()
+    with _symmetric(fvops.initialize_sequence_parallel_group(world.world_size, group_name_suffix="away")) as both:
+        group, transport = both
         transport._watchdog._deadline_s = deadline_s
         told: list[Any] = []
         if group.rank_in_group:
@@ -305,8 +307,9 @@ def _missing(deadline_s: float) -> list[Any]:
                 group.all_to_all_4D_coalesced([x])
             except RuntimeError as error:
                 told.append(str(error))
-        group.barrier()
-        return told
+        world.barrier()
+    group.destroy()
+    return told
 
 
 def test_a_wait_on_the_device_is_given_up_and_reported() -> None:
@@ -314,7 +317,7 @@ def test_a_wait_on_the_device_is_given_up_and_reported() -> None:
     assert first == []
     for void, told in others:
         assert void
-        assert "fvops.all_to_all_4D_coalesced on group 'sp:" in told
+        assert "fvops.all_to_all_4D_coalesced on group 'sp_away:0'" in told
         assert "missing: place 0 (global rank 0)" in told
         assert "waits on the device since" in told
         assert "the last that Python issued was" in told
