@@ -31,27 +31,27 @@ class _Streams:
         return None
 
 
-def _create(kind: Any = SharedBuffer) -> tuple[Any, str]:
-    import fvops
+def _create(group: Any, kind: Any = SharedBuffer) -> tuple[Any, str]:
     from fvops import registry
+    from fvops.device_communicators import symmetric_transport
     from fvops.device_communicators.symmetric_transport import SymmetricTransport
 
     interpreted()
-    group = fvops.get_sp_group()
+    symmetric_transport._FIRST_SLOT_BYTES = 16 << 10  # the interpreter is slow
     base = registry.resolve(group.unique_name, group.world_size).transport
     streams: Any = _Streams()
-    return SymmetricTransport.create(base, group.cpu_group, group.unique_name, streams, kind)
+    return SymmetricTransport.create(base, group.cpu_group, group.unique_name, streams, kind, 300.0)
 
 
 @contextlib.contextmanager
-def _symmetric() -> Iterator[tuple[Any, Any]]:
-    """The group, exchanging through the transport, and the transport."""
+def _symmetric(group: Any = None) -> Iterator[tuple[Any, Any]]:
+    """The group, by default the sequence-parallel one, exchanging through the transport, and the transport."""
     import fvops
     from fvops import registry
 
-    group = fvops.get_sp_group()
+    group = fvops.get_sp_group() if group is None else group
     communicator = registry.resolve(group.unique_name, group.world_size)
-    transport, words = _create()
+    transport, words = _create(group)
     if transport is None:
         raise RuntimeError(words)
     communicator.transport = transport
@@ -140,38 +140,40 @@ def test_compiled_is_eager(two_ranks: Ranks) -> None:
 
 
 def _sizes() -> list[Any]:
-    """A slot of 1 MB at most: in the first one, in a grown one, and too large for it."""
+    """In the first slot, in a grown one, and too large for it."""
     os.environ["FVOPS_SYMM_SLOT_MB"] = "1"
     try:
         told: list[Any] = []
         with _symmetric() as (group, transport):
             P = group.world_size
-            for kilobytes in (256, 1024, 1025, 256):
-                x = _input((1, kilobytes, P, 256 // P), group.rank_in_group, 1, torch.float32)
-                inputs = [_input((1, kilobytes, P, 256 // P), rank, 1, torch.float32) for rank in range(P)]
-                right = torch.equal(group.all_to_all_4D(x), reference_heads(inputs, group.rank_in_group))
+            told.append(transport._most_bytes)
+            transport._most_bytes = 48 << 10
+            for kilobytes in (8, 48, 49, 8):
+                inputs = [make((1, kilobytes, P, 256 // P), torch.float32, "contiguous", rank) for rank in range(P)]
+                got = group.all_to_all_4D(inputs[group.rank_in_group])
+                right = torch.equal(bits(got), bits(_heads(inputs, group.rank_in_group)))
                 told.append((right, transport._buffer.room.slot_bytes >> 10, _pushed(transport)))
         return told
     finally:
         del os.environ["FVOPS_SYMM_SLOT_MB"]
 
 
-def reference_heads(inputs: list[torch.Tensor], r: int) -> torch.Tensor:
+def _heads(inputs: list[torch.Tensor], r: int) -> torch.Tensor:
     """Mode (2, 1) of one head a rank, by slicing: `tests.reference` goes element by element."""
     return torch.cat([x[:, :, r : r + 1] for x in inputs], 1)
 
 
 def test_the_buffer_grows_up_to_its_limit(two_ranks: Ranks) -> None:
     # The first buffer has seen the two exchanges of the proof.
-    expected = [(True, 512, 3), (True, 1024, 1), (True, 1024, 1), (True, 1024, 2)]
+    expected = [1 << 20, (True, 16, 3), (True, 48, 1), (True, 48, 1), (True, 48, 2)]
     assert two_ranks.run(_sizes) == [expected] * 2
 
 
 def _no_room() -> list[Any]:
     with _symmetric() as (group, transport):
-        SharedBuffer.most_bytes = 2 << 20 if group.rank_in_group == 1 else 1 << 40
+        SharedBuffer.most_bytes = 64 << 10 if group.rank_in_group == 1 else 1 << 40
         try:
-            x = torch.ones(1, 2048, group.world_size, 128)
+            x = torch.ones(1, 64, group.world_size, 128)
             right = bool((group.all_to_all_4D(x) == 1).all())
             return [right, _pushed(transport), transport._most_bytes, bool((group.all_to_all_4D(x) == 1).all())]
         finally:
@@ -179,13 +181,13 @@ def _no_room() -> list[Any]:
 
 
 def test_no_room_on_one_rank_keeps_all_at_the_size_they_have(two_ranks: Ranks) -> None:
-    assert two_ranks.run(_no_room) == [[True, 2, 512 << 10, True]] * 2
+    assert two_ranks.run(_no_room) == [[True, 2, 16 << 10, True]] * 2
 
 
 def _capture() -> list[Any]:
     with _symmetric() as (group, transport):
         P = group.world_size
-        small, large = torch.ones(1, 4, P, 8), torch.ones(1, 2048, P, 128)
+        small, large = torch.ones(1, 4, P, 8), torch.ones(1, 64, P, 128)
         transport._streams.inside = True
         told: list[Any] = [bool((group.all_to_all_4D(small) == 1).all())]
         try:
@@ -201,7 +203,7 @@ def _capture() -> list[Any]:
 def test_a_capture_never_grows_the_buffer_and_keeps_it(two_ranks: Ranks) -> None:
     for small, refusal, large, kept, new in two_ranks.run(_capture):
         assert small
-        assert "fvops.all_to_all_4D on group 'sp:" in refusal
+        assert "fvops.exchange on group 'sp:" in refusal
         assert "cannot grow inside a CUDA-graph capture; call the group's warmup(shapes, dtype)" in refusal
         assert large
         assert kept
@@ -229,7 +231,7 @@ def _refused(how: str) -> tuple[bool, str]:
     if second and how == "values":
         push._take = {(n,): _nothing for n in range(1, 100)}
     try:
-        transport, words = _create(Kind)
+        transport, words = _create(fvops.get_sp_group(), Kind)
         return transport is None, words
     finally:
         push._take = take
@@ -243,7 +245,7 @@ def _nothing(*_: Any, **__: Any) -> None:
     ("how", "told"),
     [
         ("memory", "place 1: it has none"),
-        ("allocation", "place 1: no symmetric memory for slots of 524288 bytes: no room for"),
+        ("allocation", "place 1: no symmetric memory for slots of 16384 bytes: no room for"),
         ("kernel", "place 1: a first exchange failed: TypeError"),
         ("values", "place 1: a first exchange gave wrong values"),
     ],
@@ -295,7 +297,11 @@ def test_asked_for_by_name(two_ranks: Ranks) -> None:
 
 def _missing(deadline_s: float) -> list[Any]:
     """Place 0 stays away from an exchange: what the others get, and what their next call says."""
-    with _symmetric() as (group, transport):
+    import fvops
+
+    world = fvops.get_sp_group()
+    with _symmetric(fvops.initialize_sequence_parallel_group(world.world_size, group_name_suffix="away")) as both:
+        group, transport = both
         transport._watchdog._deadline_s = deadline_s
         told: list[Any] = []
         if group.rank_in_group:
@@ -305,8 +311,9 @@ def _missing(deadline_s: float) -> list[Any]:
                 group.all_to_all_4D_coalesced([x])
             except RuntimeError as error:
                 told.append(str(error))
-        torch.distributed.barrier(group.cpu_group)  # the group itself is broken now
-        return told
+        world.barrier()
+    group.destroy()
+    return told
 
 
 def test_a_wait_on_the_device_is_given_up_and_reported() -> None:
@@ -314,7 +321,7 @@ def test_a_wait_on_the_device_is_given_up_and_reported() -> None:
     assert first == []
     for void, told in others:
         assert void
-        assert "fvops.all_to_all_4D_coalesced on group 'sp:" in told
+        assert "fvops.all_to_all_4D_coalesced on group 'sp_away:0'" in told
         assert "missing: place 0 (global rank 0)" in told
         assert "waits on the device since" in told
         assert "the last that Python issued was" in told

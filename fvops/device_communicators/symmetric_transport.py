@@ -17,7 +17,7 @@ from torch import Tensor
 from fvops import envs
 from fvops.device_communicators.flat_transport import FlatTransport, RefusedError
 from fvops.device_communicators.library_streams import Streams, let_thread_query_during_capture
-from fvops.device_communicators.symmetric_buffer import SymmetricBuffer, TorchSymmetricBuffer
+from fvops.device_communicators.symmetric_buffer import SymmetricBuffer
 from fvops.device_communicators.symmetric_creation import agree, form_buffers
 from fvops.device_communicators.symmetric_watchdog import SymmetricWatchdog
 from fvops.kernels import layout
@@ -63,6 +63,7 @@ class SymmetricTransport(FlatTransport):
         self._most_bytes = envs.FVOPS_SYMM_SLOT_MB << 20
         self._buffer = buffer
         self._captured = False
+        self._base_is_warm = False
         self._kept: list[SymmetricBuffer] = []
         self._last_stream: Any = None
         prepare = let_thread_query_during_capture if streams.asynchronous else lambda: True
@@ -76,15 +77,16 @@ class SymmetricTransport(FlatTransport):
         cpu_group: dist.ProcessGroup,
         unique_name: str,
         streams: Streams,
-        kind: type[SymmetricBuffer] = TorchSymmetricBuffer,
-        timeout_s: float | None = None,
+        kind: type[SymmetricBuffer],
+        timeout_s: float,
     ) -> tuple[SymmetricTransport | None, str]:
         """The transport and what was set up, or None and why not; alike on all ranks. Collective.
 
-        The ranks must share a node, map each other's memory, and get from a first exchange what they should.
-        `timeout_s` is the deadline of a wait, default ``FVOPS_TIMEOUT_S``.
+        The ranks must share a node, map each other's memory, and get the right values from a first exchange.
+
+        Args:
+            timeout_s: deadline of each wait for other ranks, on the host and on the device, seconds.
         """
-        timeout_s = envs.FVOPS_TIMEOUT_S if timeout_s is None else timeout_s
         refusal = agree(cpu_group, kind.refusal(base.device) or _no_triton())
         if not refusal and not all(is_the_same_node_as(cpu_group)):
             refusal = "the ranks are on different nodes"
@@ -107,9 +109,24 @@ class SymmetricTransport(FlatTransport):
         self._watchdog.raise_if_broken()
         needed = slot_bytes_for([output.numel() * output.element_size() for output in outputs])
         if needed > self._most_bytes or (needed > self._buffer.room.slot_bytes and not self._grow(needed)):
-            self.base.exchange(outputs, inputs)
+            self._two_sided(outputs, inputs, needed)
         elif needed:
             self._push(outputs, inputs)
+
+    def _two_sided(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], needed: int) -> None:
+        """What is too large, through the other transport, whose connections cannot be made inside a capture."""
+        if not self._streams.capturing():
+            self.base.exchange(outputs, inputs)
+            self._base_is_warm = True
+        elif self._base_is_warm:
+            self.base.exchange(outputs, inputs)
+        else:
+            raise RefusedError(
+                f"{where(self.op, self._unique_name)}: results of {needed} bytes exceed the symmetric buffer "
+                f"({self._most_bytes} bytes at most) and go through {self.base.name}, which did not exchange before "
+                "this CUDA-graph capture; call the group's warmup(shapes, dtype) with these shapes on every rank "
+                "before capturing"
+            )
 
     def _push(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
         from fvops.kernels import push
@@ -136,9 +153,9 @@ class SymmetricTransport(FlatTransport):
         size = self._buffer.room.slot_bytes
         if self._streams.capturing():
             raise RefusedError(
-                f"results of {needed} bytes do not fit into the symmetric buffer's slots of {size} bytes, which "
-                "cannot grow inside a CUDA-graph capture; call the group's warmup(shapes, dtype) with these shapes on "
-                "every rank before capturing"
+                f"results of {needed} bytes do not fit the symmetric buffer's slots of {size} bytes, which cannot grow "
+                "inside a CUDA-graph capture; call the group's warmup(shapes, dtype) with these shapes on every rank "
+                "before capturing"
             )
         while size < needed:
             size *= 2
@@ -166,23 +183,19 @@ class SymmetricTransport(FlatTransport):
         return True
 
     def _proof(self, number: int) -> str:
-        """Exchange a little, in slot `number`: empty when what comes is right, else what went wrong."""
+        """Exchange a little, for one of the slots; empty when every rank's part came, else what went wrong."""
         P, place = self.world_size, dist.get_rank(self._cpu_group)
         try:
-            x = torch.arange(96 * P, dtype=torch.float32, device=self.device).view(2, 3, 2 * P, 8)
-            got, wanted = (x.new_zeros(2, 3 * P, 2, 8) for _ in range(2))
-            for source, part in enumerate(layout.sequence_by_rank(wanted, P)):
-                part.copy_(layout.heads_by_rank(x + 1000 * (source + number), P)[place])
-            self._push([layout.sequence_by_rank(got, P)], [layout.heads_by_rank(x + 1000 * (place + number), P)])
-            if torch.equal(got, wanted):
+            common = torch.arange(96 * P, dtype=torch.float32, device=self.device).view(2, 3, 2 * P, 8)
+            sent = [common + 1000 * (rank + number) for rank in range(P)]
+            got = common.new_zeros(2, 3 * P, 2, 8)
+            self._push([layout.sequence_by_rank(got, P)], [layout.heads_by_rank(sent[place], P)])
+            if torch.equal(got, torch.cat(sent, 1)[:, :, 2 * place : 2 * place + 2]):
                 return ""
             self._watchdog.raise_if_broken()
         except Exception as error:  # compiling for a GPU that nobody has tried can fail in any way
             return f"a first exchange failed: {type(error).__name__}: {error}"
         return "a first exchange gave wrong values"
-
-    def give_up(self, reason: str) -> None:
-        self.base.give_up(reason)
 
     def _synchronize(self) -> None:
         if self._streams.asynchronous:
@@ -238,7 +251,10 @@ class SymmetricTransport(FlatTransport):
         self.base.barrier()
 
     def waiting_for(self) -> list[int]:
-        return self.base.waiting_for()
+        return self.base.waiting_for() or self._watchdog.missing
+
+    def give_up(self, reason: str) -> None:
+        self.base.give_up(reason)
 
 
 def _no_triton() -> str:

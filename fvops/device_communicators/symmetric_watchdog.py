@@ -34,10 +34,12 @@ class SymmetricWatchdog:
 
     Attributes:
         last_call: what Python issued last, for the report; set by the transport.
+        missing: the places that the device waited for when it was looked at last.
     """
 
     def __init__(self, group_name: str, deadline_s: float, prepare: Callable[[], bool]) -> None:
         self.last_call = ""
+        self.missing: list[int] = []
         self._group_name = group_name
         self._deadline_s = deadline_s
         self._prepare = prepare
@@ -93,19 +95,20 @@ class SymmetricWatchdog:
             words = buffer.read_words(self._deadline_s)
         except RuntimeError as error:
             return PeerError(f"group {self._group_name!r}: its signals on the device cannot be read: {error}")
+        flags = words[FLAGS::LINE_WORDS]
+        self.missing = [place for place, flag in enumerate(flags) if flag < words[WAITING]]
         now, (count, since) = time.monotonic(), self._waits[buffer]
         if words[WAITING] == 0 or words[WAITING] != count:
             self._waits[buffer] = (words[WAITING], now)
             return None
         if now - since <= self._deadline_s:
             return None
-        missing = [place for place, flag in enumerate(words[FLAGS::LINE_WORDS]) if flag < count]
         return PeerError(
             f"group {self._group_name!r}: exchange {count} on symmetric memory waits on the device since "
-            f"{now - since:.1f} s (deadline {self._deadline_s:g} s) for places {missing}, which have not sent their "
-            f"parts; the last that Python issued was {self.last_call}. The wait is given up, its result is void "
+            f"{now - since:.1f} s (deadline {self._deadline_s:g} s) for places {self.missing}, which have not sent "
+            f"their parts; the last that Python issued was {self.last_call}. The wait is given up, its result is void "
             "(all bits set), and the group can be used no more",
-            missing,
+            self.missing,
         )
 
     def _give_up(self) -> None:
