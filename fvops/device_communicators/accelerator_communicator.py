@@ -47,7 +47,7 @@ class AcceleratorCommunicator(DeviceCommunicatorBase):
         if self.SYMMETRIC is None or self.world_size == 1 or not (named or automatic):
             return base
         self._symmetric, words = SymmetricTransport.create(
-            base, self.cpu_group, self.unique_name, self._streams, self.SYMMETRIC
+            base, self.cpu_group, self.unique_name, self._streams, self.SYMMETRIC, self.timeout_s
         )
         if self._symmetric is None and named:
             base.close()

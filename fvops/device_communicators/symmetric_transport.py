@@ -52,13 +52,14 @@ class SymmetricTransport(FlatTransport):
         streams: Streams,
         kind: type[SymmetricBuffer],
         buffer: SymmetricBuffer,
+        timeout_s: float,
     ) -> None:
         self.base = base
         self.device, self.world_size = base.device, base.world_size
         self.name = f"symmetric memory, else {base.name}"
         self.op = "exchange"
         self._cpu_group, self._unique_name, self._streams, self._kind = cpu_group, unique_name, streams, kind
-        self._deadline_s = envs.FVOPS_TIMEOUT_S
+        self._deadline_s = timeout_s
         self._most_bytes = envs.FVOPS_SYMM_SLOT_MB << 20
         self._buffer = buffer
         self._captured = False
@@ -76,20 +77,22 @@ class SymmetricTransport(FlatTransport):
         unique_name: str,
         streams: Streams,
         kind: type[SymmetricBuffer] = TorchSymmetricBuffer,
+        timeout_s: float | None = None,
     ) -> tuple[SymmetricTransport | None, str]:
         """The transport and what was set up, or None and why not; alike on all ranks. Collective.
 
         The ranks must share a node, map each other's memory, and get from a first exchange what `base` gives them.
         """
+        timeout_s = envs.FVOPS_TIMEOUT_S if timeout_s is None else timeout_s
         refusal = agree(cpu_group, kind.refusal(base.device) or _no_triton())
         if not refusal and not all(is_the_same_node_as(cpu_group)):
             refusal = "the ranks are on different nodes"
         if refusal:
             return None, refusal
-        buffer, refusal = form_buffers(kind, cpu_group, base.device, _FIRST_SLOT_BYTES, envs.FVOPS_TIMEOUT_S)
+        buffer, refusal = form_buffers(kind, cpu_group, base.device, _FIRST_SLOT_BYTES, timeout_s)
         if buffer is None:
             return None, refusal
-        transport = cls(base, cpu_group, unique_name, streams, kind, buffer)
+        transport = cls(base, cpu_group, unique_name, streams, kind, buffer, timeout_s)
         for number in range(SLOTS):
             refusal = agree(cpu_group, transport._proof(number))
             if refusal:
@@ -188,6 +191,9 @@ class SymmetricTransport(FlatTransport):
         self._synchronize()
         self._watchdog.stop()
         self._kept.clear()
+
+    def give_up(self, reason: str) -> None:
+        self.base.give_up(reason)
 
     def close(self) -> None:
         self._release()
