@@ -122,7 +122,7 @@ class SymmetricTransport(FlatTransport):
             self.base.exchange(outputs, inputs)
         else:
             raise RefusedError(
-                f"{where(self.op, self._unique_name)}: results of {needed} bytes exceed the symmetric buffer "
+                f"results of {needed} bytes exceed the symmetric buffer "
                 f"({self._most_bytes} bytes at most) and go through {self.base.name}, which did not exchange before "
                 "this CUDA-graph capture; call the group's warmup(shapes, dtype) with these shapes on every rank "
                 "before capturing"
