@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 # Of tests at a time. A test's ranks wait for each other much of the time; two tests keep two cores busy.
 TEST_PROCESSES ?= 2
 
-.PHONY: demo test test-slow test-nccl test-transports gpu-check lint bench clean
+.PHONY: demo test test-slow test-nccl test-transports reliability soak gpu-check lint bench clean
 
 demo: $(VENV)/ready
 	@echo "== demo: a Wan transformer, sequence-parallel on 2 CPU ranks, compiled whole"
@@ -39,6 +39,15 @@ test-transports: $(VENV)/ready
 	FVOPS_TEST_TRANSPORT=process_group $(BIN)/python -m pytest -m "not slow" $(OP_SUITE) compile_tests
 	FVOPS_TEST_TRANSPORT=nccl $(BIN)/python -m pytest -m "not slow" $(OP_SUITE)
 	FVOPS_TEST_TRANSPORT=hccl $(BIN)/python -m pytest -m "not slow" $(OP_SUITE)
+
+reliability: $(VENV)/ready
+	@echo "== reliability: all faults of tests/fault_table.py, and the matrix in docs/reliability.md; about an hour"
+	-$(BIN)/python -m pytest --junit-xml=build/faults.xml tests/test_faults.py
+	$(BIN)/python -m tools.reliability_matrix build/faults.xml
+
+soak: $(VENV)/ready
+	@echo "== soak: mixed work for FVOPS_SOAK_S seconds (600); memory, descriptors, threads, segments flat at the end"
+	$(BIN)/python -m tools.soak
 
 # With a Python that has a CUDA build of torch, not with .venv; without a network. See tools/gpu_check.py.
 gpu-check:

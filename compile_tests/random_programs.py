@@ -3,10 +3,15 @@
 A program is a list of steps; each takes values from a pool of 4D tensors and may add one. A drawing tracks shapes, so
 that every program is valid on every rank. All Python numbers are drawn beforehand: under ``dynamic=True`` a float in a
 closure that is used to index is a Dynamo bug of its own.
+
+Programs for the compiler passes have more of what these look for. For `cancel` they have no steps in which one rank
+computes what another does not: that pass is for programs without (docs/compiler.md).
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +19,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fvops
+from fvops.debug import CollectiveRecord, record_collectives
+from tests.harness import init_fvops
 
-__all__ = ["Step", "programs", "run_steps", "start"]
+__all__ = ["FOR_CANCEL", "FOR_MERGE", "KINDS", "Step", "first_value", "programs", "run", "run_steps", "start"]
 
 Step = tuple[Any, ...]
 _LARGEST = 4096  # elements
@@ -37,6 +44,10 @@ COLLECTIVES = (
     "barrier",
 )
 LOCAL = ("sin", "transpose", "slice", "mutate", "rank_branch", "add")
+KINDS = COLLECTIVES + LOCAL
+# Three exchanges that are ready together; an exchange and its inverse.
+FOR_MERGE = (*KINDS, *("three", "all_to_all_4D") * 3, *("round_trip",) * 2)
+FOR_CANCEL = tuple(kind for kind in (*FOR_MERGE, *("round_trip",) * 3) if kind not in ("rank_branch", "gather"))
 
 
 def start(world_size: int) -> tuple[int, ...]:
@@ -45,12 +56,12 @@ def start(world_size: int) -> tuple[int, ...]:
 
 
 @st.composite
-def programs(draw: st.DrawFn, world_size: int, length: int) -> list[Step]:
+def programs(draw: st.DrawFn, world_size: int, length: int, kinds: Sequence[str] = KINDS) -> list[Step]:
     """At most twice `length` steps ``(kind, index of the value, group, *constants)``."""
     shapes = [start(world_size)]
     steps: list[Step] = []
     for _ in range(draw(st.integers(4, length))):
-        kind = draw(st.sampled_from(COLLECTIVES + LOCAL))
+        kind = draw(st.sampled_from(kinds))
         index = draw(st.integers(0, len(shapes) - 1))
         group = draw(st.sampled_from(["sp", "tp"]))
         step = _draw_step(draw, kind, index, group, shapes[index], world_size)
@@ -75,7 +86,7 @@ def _draw_step(draw: st.DrawFn, kind: str, index: int, group: str, shape: tuple[
     if kind in ("reduce_scatter", "shard"):
         dims = [dim for dim in range(4) if shape[dim] % P == 0]
         return (*head, draw(st.sampled_from(dims))) if dims else None
-    if kind in ("all_to_all_4D", "coalesced"):
+    if kind in ("all_to_all_4D", "coalesced", "three", "round_trip"):
         pairs = [pair for pair in ((2, 1), (1, 2)) if shape[pair[0]] % P == 0]
         return (*head, *draw(st.sampled_from(pairs))) if pairs else None
     if kind == "all_to_all_single":
@@ -100,7 +111,7 @@ def _result_shape(step: Step, shape: tuple[int, ...], P: int) -> tuple[int, ...]
         new[step[3]] *= P
     elif kind in ("reduce_scatter", "shard"):
         new[step[3]] //= P
-    elif kind in ("all_to_all_4D", "coalesced"):
+    elif kind in ("all_to_all_4D", "coalesced", "three"):
         new[step[3]] //= P
         new[step[4]] *= P
     elif kind == "transpose":
@@ -110,6 +121,30 @@ def _result_shape(step: Step, shape: tuple[int, ...], P: int) -> tuple[int, ...]
     elif kind == "splits":
         return shape  # the received rows are summed away
     return tuple(new)
+
+
+def first_value() -> Tensor:
+    """The input on this rank, after making a second group of all ranks if there is none."""
+    if fvops.get_tp_world_size() != fvops.get_sp_world_size():
+        fvops.cleanup_dist_env_and_memory()
+        init_fvops(tp_size=int(os.environ["WORLD_SIZE"]), suffix="-both")
+    generator = torch.Generator().manual_seed(fvops.get_world_rank())
+    # float64: a sine of a sum of sums amplifies rounding, and what is looked for is no rounding.
+    return torch.rand(start(fvops.get_sp_world_size()), generator=generator, dtype=torch.float64)
+
+
+def run(program: Any, x: Tensor, train: bool) -> tuple[list[Tensor], list[CollectiveRecord]]:
+    """The program's results, with the input's gradient when training, and what it issued."""
+    x = x.clone().requires_grad_(train)
+    with record_collectives() as records, torch.set_grad_enabled(train):
+        outputs = program(x)
+        results = [output.detach() for output in outputs]
+        differentiable = [output for output in outputs if output.requires_grad]
+        if differentiable:
+            # The full loss: an output that it skipped would have its backward issued by the compiled run only.
+            sum(output.cos().sum() for output in differentiable).backward()
+            results.append(x.grad)
+    return results, records
 
 
 def run_steps(steps: list[Step], x: Tensor) -> list[Tensor]:
@@ -135,6 +170,11 @@ def _run_step(group: fvops.GroupCoordinator, step: Step, x: Tensor) -> Tensor | 
         return group.shard(x, step[3], scale_grad=True)
     if kind == "all_to_all_4D":
         return group.all_to_all_4D(x, step[3], step[4])
+    if kind == "three":
+        q, k, v = (group.all_to_all_4D(y, step[3], step[4]) for y in (x.sin(), x * 2, x.cos()))
+        return q * k + v
+    if kind == "round_trip":
+        return group.all_to_all_4D(group.all_to_all_4D(x, step[3], step[4]).sin(), step[4], step[3])
     if kind == "coalesced":  # one result that nobody reads
         first, _, third = group.all_to_all_4D_coalesced([x, x * 2, x[..., :1]], step[3], step[4])
         return first + third

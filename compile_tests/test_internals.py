@@ -77,10 +77,12 @@ def test_cache_keys_hold_the_mark() -> None:
     from torch._inductor import config
 
     from fvops import compiler
-    from fvops.compiler.cache import salt
+    from fvops.compiler.cache import mark, salt
+    from fvops.compiler.switches import chosen
 
     compiler.install()
-    assert config.unsafe_marked_cacheable_functions["torch.ops.higher_order.with_effects"] == salt()
+    assert config.unsafe_marked_cacheable_functions["torch.ops.higher_order.with_effects"] == mark(chosen())
+    assert salt() in mark(chosen())
     assert salt() in str(config.save_config_portable(ignore_private_configs=False))
     assert torch.ops.higher_order.with_effects.cacheable()
 
@@ -131,3 +133,47 @@ def test_dynamo_parts_of_the_report() -> None:
     found = GraphCompileReason("why", [])
     assert graph_break_reasons.pop() is found
     assert len(graph_break_reasons) == before
+
+
+def test_the_slots_of_our_passes() -> None:
+    """fvops/compiler/passes.py, checkpointing.py."""
+    from torch._functorch import config as functorch_config
+    from torch._functorch._aot_autograd import graph_compile
+    from torch._inductor import config
+    from torch._inductor.fx_passes import joint_graph, post_grad
+
+    from fvops import compiler
+
+    compiler.install()
+    for slot in ("joint_custom_pre_pass", "post_grad_custom_post_pass"):
+        assert getattr(config, slot).uuid().startswith("fvops-")
+    assert callable(functorch_config.joint_custom_pass)
+    assert "config.joint_custom_pre_pass" in inspect.getsource(joint_graph.joint_graph_passes)
+    after = inspect.getsource(post_grad.post_grad_passes).split("config.post_grad_custom_post_pass", 1)[1]
+    assert "stable_topological_sort" in after
+    assert "config.joint_custom_pass(" in inspect.getsource(graph_compile)
+
+
+def test_a_program_s_own_passes_run_after_ours() -> None:
+    """fvops/compiler/passes.py."""
+    from torch._inductor import config
+
+    from fvops import compiler
+
+    seen = []
+    compiler.install()
+    with config.patch(post_grad_custom_post_pass=lambda graph: seen.append(graph)):
+        compiler.install()
+        held = config.post_grad_custom_post_pass
+        torch.compile(lambda x: x + 1, fullgraph=True)(torch.ones(2))
+        compiler.install()
+        assert config.post_grad_custom_post_pass is held
+    assert len(seen) == 1
+
+
+def test_the_form_of_an_ordered_call() -> None:
+    """fvops/compiler/token_chain.py: ``with_effects(token, op, *arguments)`` gives ``(token, result)``."""
+    from torch._higher_order_ops.effects import with_effects
+
+    assert torch.ops.higher_order.with_effects is with_effects
+    assert list(inspect.signature(type(with_effects).__call__).parameters) == ["self", "token", "op", "args", "kwargs"]

@@ -34,6 +34,7 @@ def _samples(differentiable: bool) -> list[tuple[Any, tuple[Any, ...]]]:
         (OPS.all_to_all_4D, (make(2, 3, 2 * P, 5), 2, 1, P, name)),
         (OPS.all_to_all_4D, (make(1, 2 * P, 3, 5), 1, 2, P, name)),
         (OPS.all_to_all_4D_coalesced, ([make(2, 3, 2 * P, 5), make(1, 2, P, 3)], 2, 1, P, name)),
+        (OPS.all_to_all_4D_packed, ([make(P, 2, 3, 2, 5), make(P, 1, 1, 1, 3)], 2, 1, False, P, name)),
         (OPS.all_to_all_single, (make(2 * P, 3), None, None, P, name)),
         (OPS.all_to_all_single, (make(sum(exchanged), 3), received, exchanged, P, name)),
         (OPS.broadcast, (make(3, 4), 1, P, name)),
@@ -48,6 +49,7 @@ def _samples(differentiable: bool) -> list[tuple[Any, tuple[Any, ...]]]:
         (OPS.all_reduce, (make(3), "max", P, name)),
         (OPS.gather, (make(3, 4), 1, 0, rank, P, name)),
         (OPS.barrier, (P, name)),
+        (OPS.elided, (P, name)),
     ]
 
 
@@ -76,8 +78,8 @@ def _opcheck_point_to_point() -> None:
 
 
 def test_opcheck(two_ranks: Ranks) -> None:
-    assert two_ranks.run(_opcheck, False, deadline_s=300)[0] == 17
-    assert two_ranks.run(_opcheck, True, deadline_s=300)[0] == 14
+    assert two_ranks.run(_opcheck, False, deadline_s=300)[0] == 19
+    assert two_ranks.run(_opcheck, True, deadline_s=300)[0] == 15
     two_ranks.run(_opcheck_point_to_point)
 
 
@@ -87,7 +89,7 @@ def test_every_op_that_communicates_is_ordered() -> None:
     ordered = {op._opname for op in compiler.ordered_ops}
     assert ordered == {
         "all_reduce", "all_gather", "reduce_scatter", "all_to_all_4D", "all_to_all_4D_coalesced", "all_to_all_single",
-        "broadcast", "reduce", "gather", "send", "recv", "barrier",
+        "all_to_all_4D_packed", "broadcast", "elided", "reduce", "gather", "send", "recv", "barrier",
     }  # fmt: skip
     assert all(_get_effect(op) == _EffectType.ORDERED for op in compiler.ordered_ops)
     assert _get_effect(OPS.shard.default) is None

@@ -11,10 +11,9 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor
 
-import fvops
-from compile_tests.random_programs import Step, programs, run_steps, start
-from fvops.debug import canonical, record_collectives
-from tests.harness import Ranks, init_fvops
+from compile_tests.random_programs import Step, first_value, programs, run, run_steps
+from fvops.debug import canonical
+from tests.harness import Ranks
 
 # What a program is compiled with; the drawn programs take them in turn.
 VARIANTS: list[dict[str, Any]] = [
@@ -49,38 +48,20 @@ SETTINGS = settings(
 
 def _both_ways(steps: list[Step], variant: dict[str, Any], train: bool) -> tuple[str, int]:
     """What differs between eager and compiled ("" if nothing), and how many collectives there were."""
-    group = fvops.get_sp_group()
-    if fvops.get_tp_world_size() != group.world_size:
-        fvops.cleanup_dist_env_and_memory()
-        init_fvops(tp_size=int(os.environ["WORLD_SIZE"]), suffix="-both")
-    generator = torch.Generator().manual_seed(fvops.get_world_rank())
-    # float64: a sine of a sum of sums amplifies rounding, and what is looked for is no rounding.
-    x = torch.rand(start(fvops.get_sp_world_size()), generator=generator, dtype=torch.float64)
+    x = first_value()
 
     def program(x: Tensor) -> list[Tensor]:
         return run_steps(steps, x)[1:]
 
-    expected, expected_records = _run(program, x, train)
-    got, got_records = _run(torch.compile(program, fullgraph=True, **variant), x, train)
+    expected, records = run(program, x, train)
+    got, compiled_records = run(torch.compile(program, fullgraph=True, **variant), x, train)
+    expected_records, got_records = canonical(records), canonical(compiled_records)
     if got_records != expected_records:
         return f"eager issued {expected_records}\ncompiled issued {got_records}", len(expected_records)
     for index, (e, g) in enumerate(zip(expected, got, strict=True)):
         if not torch.allclose(e, g, rtol=1e-9, atol=1e-9, equal_nan=True):
             return f"value {index} differs by {(e - g).abs().max()}", len(expected_records)
     return "", len(expected_records)
-
-
-def _run(program: Any, x: Tensor, train: bool) -> tuple[list[Tensor], list[tuple[str, str, int]]]:
-    x = x.clone().requires_grad_(train)
-    with record_collectives() as records, torch.set_grad_enabled(train):
-        outputs = program(x)
-        results = [output.detach() for output in outputs]
-        differentiable = [output for output in outputs if output.requires_grad]
-        if differentiable:
-            # The full loss: an output that it skipped would have its backward issued by the compiled run only.
-            sum(output.cos().sum() for output in differentiable).backward()
-            results.append(x.grad)
-    return results, canonical(records)
 
 
 def _check(world_size: int, train: bool, count: int, length: int, variants: list[dict[str, Any]]) -> None:

@@ -17,6 +17,7 @@ __all__ = [
     "REDUCE_OPS",
     "check_all_to_all_4D",
     "check_all_to_all_4D_coalesced",
+    "check_all_to_all_4D_packed",
     "check_all_to_all_single",
     "check_chunks",
     "check_concat",
@@ -171,6 +172,20 @@ def check_all_to_all_4D_coalesced(
         if not isinstance(input_, Tensor):
             fail(TypeError, f"{where(op, group_name)}: inputs must be tensors, got a {type(input_).__name__}")
         check_all_to_all_4D(group_name, input_, scatter_dim, gather_dim, world_size, op)
+
+
+def check_all_to_all_4D_packed(
+    group_name: str, sends: Sequence[Tensor], scatter_dim: int, gather_dim: int, world_size: int
+) -> None:
+    """ValueError unless there is a tensor, each is ``[P, batch, sequence, heads, head_size]``, and the dims pair."""
+    op = "all_to_all_4D_packed"
+    if len(sends) == 0:
+        fail(ValueError, f"{where(op, group_name)}: needs at least one tensor, got an empty list")
+    for send in sends:
+        if send.dim() != 5 or send.size(0) != world_size:
+            shape = tuple(map(_number, send.shape))
+            fail(ValueError, f"{where(op, group_name)}: needs 5 dims, the first of size {world_size}, got {shape}")
+        check_all_to_all_4D(group_name, send[0], scatter_dim, gather_dim, 1, op)
 
 
 def check_all_to_all_single(

@@ -10,10 +10,12 @@ Letters: P world size, B batch, S sequence, H heads, D head size, h = H/P, s = S
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["chunks_by_rank", "heads_by_rank", "receive_buffer", "sequence_by_rank"]
+__all__ = ["chunks_by_rank", "heads_by_rank", "receive_buffer", "sequence_by_rank", "unpacked_shape"]
 
 
 def heads_by_rank(x_BSHD: Tensor, world_size: int) -> Tensor:
@@ -26,6 +28,12 @@ def sequence_by_rank(x_BSHD: Tensor, world_size: int) -> Tensor:
     """``[B, P*s, H, D] -> [P, B, s, H, D]``: rank r has rows ``r*s:(r+1)*s``. In memory order at B=1."""
     B, S, H, D = x_BSHD.shape
     return x_BSHD.view(B, world_size, S // world_size, H, D).permute(1, 0, 2, 3, 4)
+
+
+def unpacked_shape(packed_shape: Sequence[int], dim: int) -> tuple[int, int, int, int]:
+    """The ``[B, S, H, D]`` whose `heads_by_rank` (`dim` 2) or `sequence_by_rank` (`dim` 1) has `packed_shape`."""
+    P, B, S, H, D = packed_shape
+    return (B, S, P * H, D) if dim == 2 else (B, P * S, H, D)
 
 
 def chunks_by_rank(x: Tensor, dim: int, world_size: int) -> Tensor:

@@ -132,11 +132,11 @@ def test_ranks_in_different_groups_are_told_so_long_before_the_deadline(ranks: R
 
 
 def _left(how: str) -> str:
-    """The last rank does not come: it destroys the group, or computes until after the deadline."""
+    """The last rank does not come: it destroys the group, exits, or computes until after the deadline."""
     import torch.distributed as dist
 
     import fvops
-    from fvops.debug import check_collectives
+    from fvops.debug import check, check_collectives
 
     with initialized(suffix="a"):
         before = os.environ["FVOPS_TIMEOUT_S"]
@@ -149,6 +149,8 @@ def _left(how: str) -> str:
             group.all_reduce(torch.ones(3))
             if last and how == "destroyed":
                 group.destroy()
+            if last and how == "exited":
+                check._say_that_we_exit()  # what is registered with atexit
             if not last:
                 text = told(lambda: group.all_gather(torch.ones(3)))
                 store.set(f"told/{group.rank_in_group}", "")
@@ -156,10 +158,11 @@ def _left(how: str) -> str:
         return text
 
 
-@pytest.mark.parametrize("how", ["destroyed", "is late"])
+@pytest.mark.parametrize("how", ["destroyed", "exited", "is late"])
 def test_a_rank_that_will_not_come_is_told(two_ranks: Ranks, how: str) -> None:
     text, _ = two_ranks.run(_left, how, initialize=False, deadline_s=60)
-    assert ("rank 1 has destroyed group" if how == "destroyed" else "rank 1 did not come within 2 s") in text
+    words = {"destroyed": "has destroyed group", "exited": "has exited", "is late": "did not come within 2 s"}
+    assert f"rank 1 {words[how]}" in text
     assert "its last call was all_reduce, call 1 of group 'sp_brief:0'" in text
 
 

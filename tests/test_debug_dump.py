@@ -60,10 +60,10 @@ def _waits() -> str:
     group, texts = fvops.get_sp_group(), []
     store = dist.distributed_c10d._get_default_store()
     if group.rank_in_group == 0:
-        from fvops.debug.journal import under_way
+        from fvops.debug.journal import running
 
         def look() -> None:
-            wait_until(lambda: any(time.monotonic() - entry.began > 0.3 for entry in list(under_way.values())))
+            wait_until(lambda: any(time.monotonic() - entry.began > 0.3 for entry in running().values()))
             texts.append(_text())
             store.set("dumped", "")
 

@@ -133,19 +133,22 @@ def test_groups_must_cover_the_world(ranks: Ranks) -> None:
 
 
 def _two_failures() -> tuple[str, str]:
-    """The second failure is one rank's alone: the other must not be said to have come."""
+    """A failure of both, and one of place 0 alone in a new group of that name: place 1 has not come to that one."""
     before = os.environ["FVOPS_TIMEOUT_S"]
     os.environ["FVOPS_TIMEOUT_S"] = "3"
-    group = fvops.initialize_sequence_parallel_group(2, group_name_suffix="twice")
+    texts = []
+    for alone in (False, True):
+        group = fvops.initialize_sequence_parallel_group(2, group_name_suffix="twice")
+        if not alone:
+            transport, group.device_communicator.transport = group.device_communicator.transport, _Refusing()
+            texts.append(_text(lambda group=group: group.all_reduce(torch.ones(2))))
+            group.device_communicator.transport = transport
+        elif group.rank_in_group == 0:
+            texts.append(_text(lambda group=group: group.all_reduce(torch.ones(2))))
+        fvops.get_sp_group().barrier()
+        group.destroy()
     os.environ["FVOPS_TIMEOUT_S"] = before
-    communicator = group.device_communicator
-    transport, communicator.transport = communicator.transport, _Refusing()
-    first = _text(lambda: group.all_reduce(torch.ones(2)))
-    communicator.transport = transport
-    second = _text(lambda: group.all_reduce(torch.ones(2))) if group.rank_in_group == 0 else ""
-    fvops.get_sp_group().barrier()
-    group.destroy()
-    return first, second
+    return texts[0], texts[-1]
 
 
 class _Refusing(FlatTransport):

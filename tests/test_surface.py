@@ -97,11 +97,6 @@ all_gather_obj(obj)
 barrier()
 expire_data()
 """
-# In the contract but not written yet when this table was: checked as soon as they exist. Remove lines as they land.
-NOT_YET = {
-    "compiler.enable",
-    "report",
-}
 
 
 def _lines(text: str) -> list[str]:
@@ -135,9 +130,7 @@ def _agrees(function: Callable[..., Any], wanted: str) -> bool:
 
 def _check(owner: Any, prefix: str, wanted: str) -> None:
     name = wanted[: wanted.index("(")]
-    if not hasattr(owner, name):
-        assert prefix + name in NOT_YET, f"{prefix}{name} does not exist"
-        return
+    assert hasattr(owner, name), f"{prefix}{name} does not exist"
     assert _agrees(getattr(owner, name), wanted), (_plain(getattr(owner, name)), wanted)
 
 

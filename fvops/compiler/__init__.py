@@ -1,14 +1,18 @@
-"""What torch.compile has to be told about the ops: everything that depends on compiler internals is in this package.
+"""What torch.compile has to be told about the ops, and the passes over their graphs (docs/compiler.md).
 
-It knows the ops by their overloads and nothing of groups or transports. `install` runs at the first fake call of any
-op, that is when something is traced: importing Inductor's lowerings costs a second, which eager programs do not pay.
+Everything that depends on compiler internals is in this package. It knows the ops by their overloads and nothing of
+groups or transports. `install` runs at the first fake call of any op, that is when something is traced: importing
+Inductor's lowerings costs a second, which eager programs do not pay.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["install", "ordered_ops"]
+from fvops.compiler.checkpointing import checkpoint_context_fn
+from fvops.compiler.switches import disable, enable, options
+
+__all__ = ["checkpoint_context_fn", "disable", "enable", "install", "options", "ordered_ops"]
 
 # Overloads of the ops that communicate; `fvops.ops` fills it.
 ordered_ops: list[Any] = []
@@ -19,10 +23,12 @@ _lowered = False
 def install() -> None:
     """Register the Inductor lowerings once, and see to it that our configuration entries are in force."""
     global _lowered
-    from fvops.compiler import cache, cudagraph_partition
+    from fvops.compiler import cache, checkpointing, cudagraph_partition, passes
 
     cache.salt_caches()
     cudagraph_partition.partition_at_host_ops()
+    checkpointing.save_results()
+    passes.take_slots()
     if not _lowered:
         from fvops.compiler import ordered_lowering
 

@@ -20,8 +20,11 @@ from fvops.debug.calls import Call, Member, observers
 from fvops.debug.fingerprint import Fingerprint, difference, difference_of_message, of_call, table
 from fvops.debug.processes import this_process
 from fvops.debug.standstill import Notice, left_key, notice_key, seen_last, stuck
+from fvops.logger import init_logger
 
 __all__ = ["Checking", "MismatchError", "check_collectives", "follow_variable", "leave"]
+
+logger = init_logger(__name__)
 
 # How collectives are counted; messages by the places of both ends.
 _COLLECTIVE = "collective"
@@ -85,7 +88,11 @@ def follow_variable() -> None:
 def leave(member: Member) -> None:
     """Tell ranks that check that this one has destroyed its group."""
     if _open and dist.is_initialized() and len(member.ranks) > 1:
-        Board().post(left_key(member.life, member.place), f"has destroyed group {member.group!r}")
+        try:
+            Board().post(left_key(member.life, member.place), f"has destroyed group {member.group!r}")
+        except RuntimeError as error:
+            # A group must be destroyed even so; without a store nobody compares calls any more.
+            logger.warning("the other ranks cannot be told that group %r is destroyed: %s", member.group, error)
         with _lock:
             for key in [key for key in _counts if key[0] == member.life]:
                 del _counts[key]
@@ -202,6 +209,9 @@ def _say_that_we_exit() -> None:
     if not dist.is_initialized():
         return  # every group was destroyed, which its other ranks were told
     board, key = Board(), notice_key(dist.get_rank())
-    text = board.read(key)
-    if text is not None:
-        board.post(key, replace(Notice.decode(text), awaited={}, over="has exited").encode())
+    try:
+        text = board.read(key)
+        if text is not None:
+            board.post(key, replace(Notice.decode(text), awaited={}, over="has exited").encode())
+    except RuntimeError as error:
+        logger.warning("the other ranks cannot be told that this one exits: %s", error)

@@ -1,6 +1,6 @@
 """The last calls of this process, and those under way: what `dump` prints and what is warned about.
 
-Always kept: an entry costs well under a microsecond, holds no tensor, and the list has an end.
+Always kept: an entry costs about a microsecond, holds no tensor, and the list has an end.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from fvops.debug.calls import Member
 
-__all__ = ["Entry", "begin", "finish", "recent", "under_way"]
+__all__ = ["Entry", "begin", "finish", "last_calls", "running"]
 
 _KEPT = 64
+_ENDED, _FAILED = 8, 9
 
 
+@dataclass(frozen=True)
 class Entry:
     """A call: its place in the group's sequence, what it was about, and how it ended.
 
@@ -28,21 +31,16 @@ class Entry:
         failed: did it raise?
     """
 
-    __slots__ = ("arguments", "began", "dtype", "ended", "failed", "member", "number", "op", "shapes", "way")
-
-    def __init__(
-        self, member: Member, op: str, way: str, number: int, tensors: Sequence[Tensor], arguments: dict[str, Any]
-    ) -> None:
-        self.member = member
-        self.op = op
-        self.way = way
-        self.number = number
-        self.shapes = [tensor.shape for tensor in tensors]
-        self.dtype: torch.dtype | None = tensors[0].dtype if tensors else None
-        self.arguments = arguments
-        self.began = time.monotonic()
-        self.ended = 0.0
-        self.failed = False
+    member: Member
+    op: str
+    way: str
+    number: int
+    shapes: tuple[torch.Size, ...]
+    dtype: torch.dtype | None
+    arguments: dict[str, Any]
+    began: float
+    ended: float
+    failed: bool
 
     def __str__(self) -> str:
         shapes = ", ".join(str(tuple(shape)) for shape in self.shapes)
@@ -52,22 +50,37 @@ class Entry:
         return f"{self.op} on group {self.member.group!r}, {kind} {self.number}{of}{with_ and f' ({with_})'}"
 
 
-recent: deque[Entry] = deque(maxlen=_KEPT)
-# By the entry's id; calls of other threads may push a slow one out of `recent`.
-under_way: dict[int, Entry] = {}
+# The fields of an `Entry`, in order: making a list costs a third of making an object, on the path of every call.
+_recent: deque[list[Any]] = deque(maxlen=_KEPT)
+# By the list's id; calls of other threads may push a slow one out of `_recent`.
+_under_way: dict[int, list[Any]] = {}
+_monotonic = time.monotonic
 
 
 def begin(
     member: Member, op: str, way: str, number: int, tensors: Sequence[Tensor], arguments: dict[str, Any]
-) -> Entry:
-    """Note that a call begins."""
-    entry = Entry(member, op, way, number, tensors, arguments)
-    recent.append(entry)
-    under_way[id(entry)] = entry
-    return entry
+) -> list[Any]:
+    """Note that a call begins; `finish` wants what this returns, and ``Entry(*...)`` takes it."""
+    shapes = (tensors[0].shape,) if len(tensors) == 1 else tuple([tensor.shape for tensor in tensors])
+    dtype = tensors[0].dtype if tensors else None
+    noted = [member, op, way, number, shapes, dtype, arguments, _monotonic(), 0.0, False]
+    _recent.append(noted)
+    _under_way[id(noted)] = noted
+    return noted
 
 
-def finish(entry: Entry) -> None:
+def finish(noted: list[Any], failed: bool = False) -> None:
     """Note that it has ended, well or not."""
-    entry.ended = time.monotonic()
-    del under_way[id(entry)]
+    noted[_FAILED] = failed
+    noted[_ENDED] = _monotonic()
+    del _under_way[id(noted)]
+
+
+def last_calls() -> list[Entry]:
+    """The last calls that have ended, the newest last."""
+    return [Entry(*noted) for noted in list(_recent) if noted[_ENDED]]
+
+
+def running() -> dict[int, Entry]:
+    """The calls under way, by a number that is theirs until they end."""
+    return {key: Entry(*noted) for key, noted in list(_under_way.items())}

@@ -10,7 +10,7 @@ import threading
 import time
 
 from fvops import envs, registry
-from fvops.debug.journal import Entry, under_way
+from fvops.debug.journal import Entry, running
 from fvops.debug.report import waits_for
 from fvops.logger import init_logger
 
@@ -41,11 +41,12 @@ def stop() -> None:
 
 
 def _watch(ended: threading.Event) -> None:
-    # By the entry's id: after how many seconds it is warned about next.
+    # By the call's number: after how many seconds it is warned about next.
     due: dict[int, float] = {}
     while not ended.wait(min(5.0, envs.FVOPS_WARN_AFTER_S / 4)):
-        due = {key: seconds for key, seconds in due.items() if key in under_way}
-        for key, entry in list(under_way.items()):
+        calls = running()
+        due = {key: seconds for key, seconds in due.items() if key in calls}
+        for key, entry in calls.items():
             seconds = time.monotonic() - entry.began
             if seconds >= due.setdefault(key, envs.FVOPS_WARN_AFTER_S):
                 due[key] = 2 * seconds

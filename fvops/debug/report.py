@@ -9,7 +9,7 @@ from typing import TextIO
 
 from fvops import registry
 from fvops._version import __version__
-from fvops.debug.journal import Entry, recent, under_way
+from fvops.debug.journal import Entry, last_calls, running
 
 __all__ = ["dump", "waits_for"]
 
@@ -48,13 +48,11 @@ def _lines() -> list[str]:
                 f"{communicator.transport.name}, deadline {member.timeout_s:g} s, {state}"
             )
     lines.append("under way:")
-    # Copies: other threads go on.
-    for entry in list(under_way.values()):
+    for entry in running().values():
         waiting = waits_for(entry)
         lines.append(f"  {entry}, for {now - entry.began:.1f} s{waiting and '; ' + waiting}")
     lines.append("last calls, the newest last:")
-    for entry in list(recent):
-        if entry.ended:
-            how = "failed after" if entry.failed else "took"
-            lines.append(f"  {now - entry.ended:.1f} s ago {entry}, {how} {(entry.ended - entry.began) * 1e3:.3f} ms")
+    for entry in last_calls():
+        how = "failed after" if entry.failed else "took"
+        lines.append(f"  {now - entry.ended:.1f} s ago {entry}, {how} {(entry.ended - entry.began) * 1e3:.3f} ms")
     return [*lines, "end of dump"]

@@ -156,6 +156,25 @@ class DeviceCommunicatorBase:
         )
         return [output for output, _, _ in views]
 
+    def all_to_all_4D_packed(
+        self, sends: Sequence[Tensor], scatter_dim: int, gather_dim: int, single: bool
+    ) -> list[Tensor]:
+        """4D exchanges of parts that a compiled graph has packed and will lay down: ``[P, ...]`` in, ``[P, ...]`` out.
+
+        Recorded as the `all_to_all_4D` (or, not `single`, the coalesced one) that it was before.
+        """
+        sends = list(sends)
+        checks.check_all_to_all_4D_packed(self.unique_name, sends, scatter_dim, gather_dim, self.world_size)
+        for send in sends:
+            self._check("all_to_all_4D_packed", send)
+        recvs = [self.transport.empty(send.shape, send.dtype) for send in sends]
+        arguments = {"scatter_dim": scatter_dim, "gather_dim": gather_dim}
+        # For the records and for messages only, and never read: tensors of the shapes before packing.
+        handed_in = [send.as_strided(layout.unpacked_shape(send.shape, scatter_dim), (0,) * 4) for send in sends]
+        op = "all_to_all_4D" if single else "all_to_all_4D_coalesced"
+        self._issue(op, handed_in, arguments, self.transport.exchange, recvs, sends)
+        return recvs
+
     def all_to_all_single(
         self,
         input_: Tensor,
@@ -282,17 +301,17 @@ class DeviceCommunicatorBase:
         way = "collective" if peer is None else f"{self.rank}-{peer}" if op == "send" else f"{peer}-{self.rank}"
         self._issued[way] = number = self._issued.get(way, 0) + 1
         handed = _list(tensors)
-        entry = journal.begin(self.member, op, way, number, handed, arguments)
+        noted, well = journal.begin(self.member, op, way, number, handed, arguments), False
         try:
             if observers:
                 observe(Call(self.member, op, tuple(handed), arguments, way, number))
             call(*args)
-        except BaseException as error:
-            entry.failed = True
-            self._judge(error, entry, peer)
+            well = True
+        except BaseException as error:  # an interrupt too: the other ranks are in the call
+            self._judge(error, journal.Entry(*noted), peer)
             raise
         finally:
-            journal.finish(entry)
+            journal.finish(noted, not well)
 
     def refuse_if_broken(self, op: str) -> None:
         """RuntimeError when an earlier call failed."""
@@ -311,7 +330,9 @@ class DeviceCommunicatorBase:
 
     def _judge(self, error: BaseException, entry: journal.Entry, peer: int | None) -> None:
         """Raise `error` with what the group knows of it, and break the group unless nothing was sent."""
-        if isinstance(error, (TypeError, ValueError, RefusedError)):
+        if isinstance(error, RefusedError):
+            raise RefusedError(f"{checks.where(entry.op, self.unique_name)}: {error}") from error
+        if isinstance(error, (TypeError, ValueError)):
             return
         if not isinstance(error, RuntimeError) or isinstance(error, debug_check.MismatchError):
             # An interrupt in the middle of a call, or a call that the ranks do not agree on.

@@ -33,7 +33,6 @@ class Lanes:
         prefix: of the store's keys; no other group, now or earlier, may have the same.
         rank: this rank's place.
         streams: of the device.
-        timeout_s: deadline of each wait for the other end, seconds.
     """
 
     def __init__(

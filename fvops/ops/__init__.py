@@ -9,9 +9,11 @@ from fvops.ops.all_gather import all_gather
 from fvops.ops.all_reduce import all_reduce
 from fvops.ops.all_to_all_4D import all_to_all_4D
 from fvops.ops.all_to_all_4D_coalesced import all_to_all_4D_coalesced
+from fvops.ops.all_to_all_4D_packed import op as _packed_op  # noqa: F401  (made by the compiler's layout pass)
 from fvops.ops.all_to_all_single import all_to_all_single
 from fvops.ops.barrier import barrier
 from fvops.ops.broadcast import broadcast
+from fvops.ops.elided import op as _elided_op  # noqa: F401  (made by the compiler's cancel pass)
 from fvops.ops.gather import gather
 from fvops.ops.point_to_point import recv, send
 from fvops.ops.reduce import op as _reduce_op  # noqa: F401  (defined for broadcast's gradient; no coordinator method)

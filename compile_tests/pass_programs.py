@@ -1,0 +1,191 @@
+"""Programs for the passes, and how a run with passes is compared with eager.
+
+Each takes ``x [B, 2P, 4PP, 4]``, this rank's part. `compare_with_eager` compiles one under some switches, checks values
+and gradients, and hands back what both runs issued.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fvops
+from compile_tests.programs import TOLERANCE
+from fvops.debug import CollectiveRecord, record_collectives
+
+__all__ = ["CANCELLED", "KEPT", "MERGED", "PROGRAMS", "Issued", "compare_with_eager", "example", "issued"]
+
+Program = Callable[[Tensor], Any]
+# (op, shapes of the tensors, arguments) of each collective, in order.
+Issued = list[tuple[str, tuple[tuple[int, ...], ...], tuple[Any, ...]]]
+
+
+def _heads(x: Tensor) -> Tensor:
+    return fvops.get_sp_group().all_to_all_4D(x, 2, 1)
+
+
+def _sequence(x: Tensor) -> Tensor:
+    return fvops.get_sp_group().all_to_all_4D(x, 1, 2)
+
+
+def _qkv(x: Tensor) -> Tensor:
+    q, k, v = (_heads(y).transpose(1, 2) for y in (x.sin(), x * 2, x.cos()))
+    return _sequence(F.scaled_dot_product_attention(q, k, v).transpose(1, 2)) + x
+
+
+def _dependent(x: Tensor) -> Tensor:
+    y = _heads(x)
+    z = _heads(x + y.mean())
+    return y + z + _heads(x.cos())
+
+
+def _another_op_between(x: Tensor) -> Tensor:
+    y = _heads(x)
+    total = fvops.get_sp_group().all_reduce(x)
+    return y.sum() + _heads(x * 2).sum() + total
+
+
+def _both_directions(x: Tensor) -> Tensor:
+    return _heads(x).sum() + _sequence(x.sin()).mean()
+
+
+def _with_a_list(x: Tensor) -> Tensor:
+    y = _heads(x.sin())
+    z, w = fvops.get_sp_group().all_to_all_4D_coalesced([x * 3, x[..., :2].cos()], 2, 1)
+    return y * z + w.sum()
+
+
+def _one_unread(x: Tensor) -> Tensor:
+    _heads(x.sin())
+    return _heads(x * 2)
+
+
+def _read_before_the_second(x: Tensor) -> tuple[Tensor, Tensor]:
+    early = _heads(x).sin()
+    return early.sum(), _heads(x.exp()) + early
+
+
+# name -> (program, the tensors in each exchange of the forward under `merge`)
+MERGED: dict[str, tuple[Program, list[int]]] = {
+    "q, k and v": (_qkv, [3, 1]),
+    "one reads another": (_dependent, [1, 2]),
+    "another op between": (_another_op_between, [1, 1]),
+    "both directions": (_both_directions, [1, 1]),
+    "with a list": (_with_a_list, [3]),
+    "one unread": (_one_unread, [2]),
+    "read before the second": (_read_before_the_second, [2]),
+}
+
+# Whose exchanges all disappear under `cancel`, in forward and backward.
+CANCELLED: dict[str, Program] = {
+    "nothing between": lambda x: _sequence(_heads(x)),
+    "elementwise": lambda x: _sequence(_heads(x.exp()).sin() * 2 + 1),
+    "of two": lambda x: _sequence(_heads(x) * _heads(x.cos())) + x,
+    "permuted and back": lambda x: _sequence(_heads(x).transpose(1, 2).sin().transpose(1, 2)),
+    "other direction first": lambda x: _heads(_sequence(x).cos()),
+    "pair after pair": lambda x: _sequence(_heads(_sequence(_heads(x).sin()).cos()).tanh()),
+    "pair in pair": lambda x: _sequence(_sequence(_heads(_heads(x)).sin())).cos(),
+    "another dtype": lambda x: _sequence(_heads(x).double().sin().float() * 2),
+}
+
+
+def _square(x: Tensor) -> Tensor:
+    """Something that dims 1 and 2 can be swapped in after the exchange: ``[B, n, n*P*P, D]``."""
+    P = fvops.get_sp_group().world_size
+    return x[:, :2, : 2 * P * P]
+
+
+# name -> (program, exchanges that stay under `cancel` without gradients)
+KEPT: dict[str, tuple[Program, int]] = {
+    "result read elsewhere": (lambda x: (_sequence((y := _heads(x)).sin()), y), 1),
+    "a tensor of this rank": (lambda x: _sequence(_heads(x) * x.repeat(1, 1, 1, 1)[:, :1, :1].sum(1, keepdim=True)), 2),
+    "a number in a tensor": (lambda x: _sequence(_heads(x) + x.sum()), 2),
+    "another order": (lambda x: _sequence(_heads(x).flip(1)), 2),
+    "a sum": (lambda x: _sequence(_heads(x) + _heads(x).sum(1, keepdim=True)), 3),
+    "permuted": (lambda x: _sequence(_heads(_square(x)).transpose(1, 2)), 2),
+    "the same direction": (lambda x: _heads(_heads(x)), 2),
+    "an unread one": (lambda x: (_heads(x.sin()), _sequence(_heads(x)))[1], 1),
+}
+
+PROGRAMS: dict[str, Program] = {
+    **{name: program for name, (program, _) in MERGED.items()},
+    **CANCELLED,
+    **{name: program for name, (program, _) in KEPT.items()},
+}
+
+
+def example(batch: int = 1, part: int = 0) -> Tensor:
+    """An input that differs between ranks; `part` lengthens the sequence."""
+    group = fvops.get_sp_group()
+    P = group.world_size
+    generator = torch.Generator().manual_seed(group.rank_in_group)
+    return torch.rand(batch, (2 + part) * P, 4 * P * P, 4, generator=generator, dtype=torch.float32)
+
+
+def issued(records: list[CollectiveRecord]) -> Issued:
+    """What is compared of the records."""
+    return [(record.op, record.shapes, record.arguments) for record in records]
+
+
+def compare_with_eager(
+    names: list[str], switches: dict[str, Any], train: bool, batch: int = 1, **compile_arguments: Any
+) -> dict[str, tuple[Issued, Issued]]:
+    """For each program what eager and compiled code issued; AssertionError where values or gradients differ.
+
+    All are compiled as one graph, a barrier after each: no pass looks past it. Without `train`, which is forward and
+    backward together, the sequence of a program ends at its barrier; with it only the whole is told, under "all".
+
+    Args:
+        switches: arguments of `fvops.compiler.options`.
+        compile_arguments: more for `torch.compile`; with ``dynamic=True`` a second length is run by the same graph.
+    """
+
+    def together(x: Tensor) -> list[Tensor]:
+        outputs = []
+        for name in names:
+            result = PROGRAMS[name](x)
+            outputs.extend(result if isinstance(result, tuple) else [result])
+            fvops.get_sp_group().barrier()
+        return outputs
+
+    options = fvops.compiler.options(**switches)
+    compiled = torch.compile(together, fullgraph=True, options=options, **compile_arguments)
+    sequences: tuple[Issued, Issued] = ([], [])
+    for part in (0, 1) if compile_arguments.get("dynamic") else (0,):
+        expected, sequence = _run(together, example(batch, part), train)
+        got, compiled_sequence = _run(compiled, example(batch, part), train)
+        for index, (e, g) in enumerate(zip(expected, got, strict=True)):
+            torch.testing.assert_close(g, e, **TOLERANCE, msg=lambda text, index=index: f"result {index}: {text}")
+            if g.stride() != e.stride():
+                raise AssertionError(f"result {index}: eager strides {e.stride()}, compiled {g.stride()}")
+        sequences[0].extend(sequence)
+        sequences[1].extend(compiled_sequence)
+    if train:
+        return {"all": sequences}
+    return dict(zip(names, zip(_split(sequences[0]), _split(sequences[1]), strict=True), strict=False))
+
+
+def _split(sequence: Issued) -> list[Issued]:
+    """The sequence cut at its barriers."""
+    parts: list[Issued] = [[]]
+    for call in sequence:
+        if call[0] == "barrier":
+            parts.append([])
+        else:
+            parts[-1].append(call)
+    return parts[:-1]
+
+
+def _run(program: Callable[[Tensor], list[Tensor]], x: Tensor, train: bool) -> tuple[list[Tensor], Issued]:
+    x.requires_grad_(train)
+    with record_collectives() as records, torch.set_grad_enabled(train):
+        outputs = program(x)
+        results = [output.detach() for output in outputs]
+        if train:
+            sum(output.cos().sum() for output in outputs).backward()
+            results.append(x.grad)
+    return results, issued(records)

@@ -1,0 +1,96 @@
+"""merge and cancel: values and gradients as eager's, and the sequence of collectives that each pass promises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from compile_tests.pass_programs import CANCELLED, KEPT, MERGED, PROGRAMS, Issued, compare_with_eager
+from tests.harness import Ranks
+
+MERGE, CANCEL = {"merge": True}, {"cancel": True}
+
+
+def _compare(
+    names: list[str], switches: dict[str, Any], train: bool, batch: int = 1, **compile_arguments: Any
+) -> dict[str, tuple[Issued, Issued]]:
+    return compare_with_eager(names, switches, train, batch, **compile_arguments)
+
+
+def _alike(results: list[Any]) -> dict[str, tuple[Issued, Issued]]:
+    assert all(result == results[0] for result in results)
+    return results[0]
+
+
+def _exchanges(sequence: Issued) -> Issued:
+    return [call for call in sequence if call[0].startswith("all_to_all_4D")]
+
+
+def _tensors(sequence: Issued) -> list[tuple[Any, ...]]:
+    """The exchanges with each grouped one taken apart."""
+    return [(shape, arguments) for _, shapes, arguments in _exchanges(sequence) for shape in shapes]
+
+
+def test_merged_are_neighbours_that_do_not_read_each_other(two_ranks: Ranks) -> None:
+    results = _alike(two_ranks.run(_compare, list(MERGED), MERGE, False, deadline_s=300))
+    for name, (eager, merged) in results.items():
+        assert [len(shapes) for _, shapes, _ in _exchanges(merged)] == MERGED[name][1], name
+        assert _tensors(merged) == _tensors(eager), name
+
+
+def test_merge_in_backward(two_ranks: Ranks) -> None:
+    eager, merged = _alike(two_ranks.run(_compare, ["q, k and v"], MERGE, True, deadline_s=300))["all"]
+    assert len(_exchanges(eager)) == 8
+    assert [len(shapes) for _, shapes, _ in _exchanges(merged)] == [3, 1, 1, 3]
+
+
+@pytest.mark.parametrize(("tensors", "sizes"), [(2, [2, 1, 1]), (0.5, [1, 1, 1, 1])])
+def test_a_limit_ends_a_merged_exchange(two_ranks: Ranks, tensors: float, sizes: list[int]) -> None:
+    nbytes = int(tensors * 4 * 16 * 4 * 4)
+    merged = _alike(two_ranks.run(_compare, ["q, k and v"], {"merge": nbytes}, False, deadline_s=300))["q, k and v"][1]
+    assert [len(shapes) for _, shapes, _ in merged] == sizes
+
+
+def test_cancelled_pairs_leave_nothing(two_ranks: Ranks) -> None:
+    results = _alike(two_ranks.run(_compare, list(CANCELLED), CANCEL, False, deadline_s=300))
+    for name, (eager, left) in results.items():
+        assert len(eager) >= 2, name
+        assert left == [], name
+
+
+def test_cancel_in_backward(two_ranks: Ranks) -> None:
+    eager, left = _alike(two_ranks.run(_compare, list(CANCELLED), CANCEL, True, deadline_s=300))["all"]
+    assert len(_exchanges(eager)) >= 4 * len(CANCELLED)
+    assert _exchanges(left) == []
+
+
+def test_what_is_not_undone_stays(two_ranks: Ranks) -> None:
+    results = _alike(two_ranks.run(_compare, list(KEPT), CANCEL, False, deadline_s=300))
+    for name, (_, left) in results.items():
+        assert len(_exchanges(left)) == KEPT[name][1], name
+
+
+def test_both_at_dynamic_lengths(two_ranks: Ranks) -> None:
+    names = ["q, k and v", "elementwise", "read before the second"]
+    _alike(two_ranks.run(_compare_dynamic, names, deadline_s=300))
+
+
+def _compare_dynamic(names: list[str]) -> list[list[int]]:
+    torch._dynamo.utils.counters.clear()
+    results = compare_with_eager(names, {}, False, dynamic=True)
+    stats = torch._dynamo.utils.counters["stats"]
+    assert stats["unique_graphs"] == 1, stats
+    # Both lengths are in the sequences; `compare_with_eager` cuts them at the first length's barriers.
+    return [[len(shapes) for _, shapes, _ in merged] for _, merged in results.values()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [3, 4])
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("switches", [MERGE, CANCEL, {}], ids=["merge", "cancel", "all"])
+def test_every_program_at_other_world_sizes(world_size: int, train: bool, switches: dict[str, Any]) -> None:
+    ranks = Ranks.get(world_size)
+    for batch in (1, 2):
+        _alike(ranks.run(_compare, list(PROGRAMS), switches, train, batch, deadline_s=900))

@@ -1,0 +1,178 @@
+"""cancel: an exchange that its inverse undoes, with only elementwise work between, disappears.
+
+An all_to_all_4D moves elements between ranks and computes nothing. So for an elementwise f, ``E'(f(E(x))) = f(x)``, if
+every rank runs the same f: the pass replays f on x and drops E', and E too once nothing reads it. Between the two may
+stand operations on one element of each operand (all operands exchanged alike, or Python numbers), and permutations of
+the dims that add up to none.
+
+What a training graph's backward reads is part of the joint graph, so its exchanges disappear by the same rule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from fvops.compiler.token_chain import (
+    add,
+    arguments_of,
+    calls,
+    fake_run,
+    index_of,
+    insert,
+    is_call,
+    op_of,
+    remove,
+    result_of,
+    token_before,
+)
+
+__all__ = ["cancel_inverses", "drop_elided"]
+
+aten = torch.ops.aten
+# Change no element, whatever the strides.
+_COPIES = (aten.clone.default, aten.alias.default, aten.detach.default)
+_IDENTITY = (0, 1, 2, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Image:
+    """What a node is: `source`'s elements, exchanged by `direction`, with the dims permuted by `order`.
+
+    Attributes:
+        direction: scatter dim, gather dim, world size and group.
+        order: ``order[i]`` is the dim of the exchanged tensor that is dim i of the node.
+    """
+
+    direction: tuple[Any, ...]
+    order: tuple[int, ...]
+
+
+def cancel_inverses(graph: Graph) -> int:
+    """Drop every exchange that is undone; the number of calls dropped.
+
+    Calls are dropped from a joint graph by putting `fvops::elided` into their place: AOTAutograd counts the chains.
+    """
+    images: dict[Node, _Image] = {}
+    sources: dict[Node, Node] = {}
+    exchange = torch.ops.fvops.all_to_all_4D.default
+    dropped = 0
+    for node in list(graph.nodes):
+        if is_call(node, (exchange,)):
+            received = result_of(node)
+            if received is None or not received.users:
+                continue  # sent for nothing: not ours to drop
+            dims, world = arguments_of(node)[1:3], arguments_of(node)[3:]
+            sent = arguments_of(node)[0]
+            if images.get(sent) == _Image((*reversed(dims), *world), _IDENTITY):
+                received.replace_all_uses_with(_before_exchange(sent, images, sources, received))
+                _elide(node)
+                dropped += 1
+            else:
+                images[received] = _Image((*dims, *world), _IDENTITY)
+                sources[received] = sent
+        else:
+            image = _image_of(node, images)
+            if image is not None:
+                images[node] = image
+    if dropped:
+        dropped += _drop_unread(images, sources)
+    return dropped
+
+
+def drop_elided(graph: Graph) -> None:
+    """Take the place holders of dropped calls out of a graph that is lowered."""
+    for call in calls(graph):
+        if op_of(call) is torch.ops.fvops.elided.default:
+            remove(call)
+
+
+def _image_of(node: Node, images: dict[Node, _Image]) -> _Image | None:
+    """The image that `node` is, if it is one."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    operands = node.all_input_nodes
+    if not operands or any(operand not in images for operand in operands):
+        return None
+    first = images[operands[0]]
+    if node.target is aten.permute.default:
+        dims: Any = node.args[1]
+        return _Image(first.direction, tuple(first.order[dim % 4] for dim in dims))
+    if node.target not in _COPIES and not _is_elementwise(node, operands):
+        return None
+    return first if all(images[operand] == first for operand in operands) else None
+
+
+def _is_elementwise(node: Node, operands: list[Node]) -> bool:
+    tags = node.target.tags  # type: ignore[union-attr]
+    pointwise = torch.Tag.pointwise in tags or node.target is torch.ops.prims.convert_element_type.default
+    if not pointwise or torch.Tag.nondeterministic_seeded in tags:
+        return False
+    value = node.meta["val"]
+    return isinstance(value, torch.Tensor) and all(
+        _same_shape(operand.meta["val"].shape, value.shape) for operand in operands
+    )
+
+
+def _same_shape(a: Any, b: Any) -> bool:
+    # By form: comparing symbols would add guards to the graph.
+    return tuple(map(str, a)) == tuple(map(str, b))
+
+
+def _before_exchange(node: Node, images: dict[Node, _Image], sources: dict[Node, Node], like: Node) -> Node:
+    """What `node` would be had nothing been exchanged, as a new contiguous tensor."""
+    made: dict[Node, Node] = {}
+
+    def replay(image: Node) -> Node:
+        if image in sources:
+            return sources[image]
+        if image not in made:
+            inputs = {operand: replay(operand) for operand in image.all_input_nodes}
+            arguments = torch.fx.map_arg(image.args, inputs.__getitem__)
+            keywords = torch.fx.map_arg(image.kwargs, inputs.__getitem__)
+            values, keyword_values = torch.fx.map_arg((arguments, keywords), lambda operand: operand.meta["val"])
+            value = fake_run(image.target, *values, **keyword_values)
+            made[image] = new = add(like, image.target, arguments, like, value=value)
+            new.kwargs = keywords
+            earlier = _image_of(new, images)
+            if earlier is not None:
+                images[new] = earlier
+        return made[image]
+
+    source = replay(node)
+    result = add(like, aten.clone.default, (source,), like, value=like.meta["val"])
+    # An exchange returns a new contiguous tensor; this one may be the graph's result, and `source` its input.
+    result.kwargs = {"memory_format": torch.contiguous_format}
+    # With pairs inside pairs, what was exchanged was an image itself.
+    if source in images:
+        images[result] = images[source]
+    return result
+
+
+def _elide(call: Node) -> None:
+    """Put `fvops::elided` into the place of `call`, whose result is unread."""
+    _, token, result = insert(call, token_before(call), torch.ops.fvops.elided.default, arguments_of(call)[-2:], call)
+    call.graph.erase_node(result)
+    for item in list(call.users):
+        if index_of(item) == 0:
+            item.replace_all_uses_with(token)
+    for item in list(call.users):
+        call.graph.erase_node(item)
+    call.graph.erase_node(call)
+
+
+def _drop_unread(images: dict[Node, _Image], sources: dict[Node, Node]) -> int:
+    """Erase the images that nobody reads any more, and drop the exchanges that nothing is left of."""
+    dropped = 0
+    for image in sorted(images, reverse=True):
+        if image.users:
+            continue
+        if image in sources:
+            _elide(image.all_input_nodes[0])
+            dropped += 1
+        else:
+            image.graph.erase_node(image)
+    return dropped

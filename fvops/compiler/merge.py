@@ -1,0 +1,131 @@
+"""merge: neighbouring 4D exchanges of one group become one grouped exchange.
+
+Two exchanges are neighbours if no other ordered op stands between them in the token chain. They merge if they are in
+the same direction and neither reads, however indirectly, what the other received. The result is one
+`all_to_all_4D_coalesced`, where each tensor keeps its own layout, at the place of the last of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch._inductor.pattern_matcher import stable_topological_sort
+from torch.fx import Graph, Node
+
+from fvops.compiler.token_chain import (
+    arguments_of,
+    index_of,
+    insert,
+    is_call,
+    op_of,
+    read,
+    result_of,
+    results_of,
+    token_before,
+    token_of,
+)
+
+__all__ = ["merge_exchanges"]
+
+
+@dataclasses.dataclass
+class _Run:
+    """Exchanges that go together, so far."""
+
+    members: list[Node] = dataclasses.field(default_factory=list)
+    nbytes: int = 0
+    # Everything that is computed from what a member received.
+    downstream: set[Node] = dataclasses.field(default_factory=set)
+
+    def admits(self, call: Node, limit: int) -> bool:
+        if not self.members or _direction(call) != _direction(self.members[0]) or self.nbytes + _nbytes(call) > limit:
+            return False
+        return not self.downstream.intersection(_inputs(call))
+
+    def take(self, call: Node) -> None:
+        self.members.append(call)
+        self.nbytes += _nbytes(call)
+        self.downstream.update(results_of(call))
+
+
+def merge_exchanges(graph: Graph, limit: int) -> int:
+    """Merge what can be merged, each merged exchange of at most `limit` input bytes; the number of calls saved.
+
+    Symbolic sizes count as nothing: what they stand for may differ between two compilations of one program, and the
+    decision may not.
+    """
+    runs: list[_Run] = []
+    open_run = _Run()
+    for node in graph.nodes:
+        if node.target is torch.ops.higher_order.with_effects:
+            exchange = is_call(node, _exchanges())
+            if not exchange or not open_run.admits(node, limit):
+                runs.append(open_run)
+                open_run = _Run()
+            if exchange:
+                open_run.take(node)
+        elif not open_run.downstream.isdisjoint(node.all_input_nodes):
+            open_run.downstream.add(node)
+    saved = 0
+    for run in [*runs, open_run]:
+        if len(run.members) > 1:
+            _merge(run.members)
+            saved += len(run.members) - 1
+    if saved:
+        # What reads the first member's result may stand before the last member's inputs.
+        stable_topological_sort(graph)
+    return saved
+
+
+def _exchanges() -> tuple[Any, Any]:
+    return torch.ops.fvops.all_to_all_4D.default, torch.ops.fvops.all_to_all_4D_coalesced.default
+
+
+def _inputs(call: Node) -> list[Node]:
+    tensors: Any = arguments_of(call)[0]
+    return list(tensors) if isinstance(tensors, (list, tuple)) else [tensors]
+
+
+def _direction(call: Node) -> tuple[Any, ...]:
+    """Dims, world size and group."""
+    return arguments_of(call)[1:]
+
+
+def _nbytes(call: Node) -> int:
+    total = 0
+    for node in _inputs(call):
+        numel = node.meta["val"].numel()
+        total += numel * node.meta["val"].element_size() if isinstance(numel, int) else 0
+    return total
+
+
+def _merge(members: list[Node]) -> None:
+    first, last = members[0], members[-1]
+    graph, coalesced = first.graph, _exchanges()[1]
+    inputs = [node for call in members for node in _inputs(call)]
+    _, token, results = insert(last, token_before(first), coalesced, (inputs, *_direction(first)), last)
+    place = 0
+    for member in members:
+        count = len(_inputs(member))
+        old = result_of(member)
+        if old is not None:
+            if op_of(member) is coalesced:
+                _replace_items(old, results, place, last)
+            else:
+                old.replace_all_uses_with(read(last, results, place, old))
+        place += count
+    last_token = token_of(last)
+    if last_token is not None:
+        last_token.replace_all_uses_with(token)
+    for member in reversed(members):
+        for item in reversed(results_of(member, token=True)):
+            graph.erase_node(item)
+        graph.erase_node(member)
+
+
+def _replace_items(old: Node, results: Node, place: int, before: Node) -> None:
+    """What reads tensors out of the list `old` reads them out of `results`, from `place` on."""
+    for item in list(old.users):
+        item.replace_all_uses_with(read(before, results, place + index_of(item), item))

@@ -1,0 +1,150 @@
+"""Which passes are on: set by `enable` and `disable`, written into the compile caches' keys, read back from there.
+
+Every pass reads the switches out of the configuration entry that is hashed into the caches' keys
+(`fvops.compiler.cache`), so that a switch cannot take effect without being part of the key of what it made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from types import TracebackType
+from typing import Any
+
+__all__ = ["MERGE_BYTES", "Enabled", "Switches", "chosen", "disable", "enable", "options"]
+
+# What `merge=True` stands for: q, k and v of every model that we know of (547 MB a rank is the largest) stay together.
+MERGE_BYTES = 1 << 30
+
+_LAYOUTS = ("auto", "fused", "exchange")
+
+
+@dataclasses.dataclass(frozen=True)
+class Switches:
+    """The passes and their settings; the defaults leave the sequence of collectives as eager has it.
+
+    Attributes:
+        layout: where the layout of a 4D exchange is computed: "fused", as aten operations around an exchange of packed
+            buffers, which Inductor fuses with what stands next to them; "exchange", by the transport; "auto" is
+            "exchange" on CPU, whose transport writes strided slices straight into the peers' results, else "fused".
+        merge: largest input, in bytes, that exchanges may be merged into; 0: no merging.
+        cancel: drop exchanges that are undone by their inverse.
+    """
+
+    layout: str = "auto"
+    merge: int = 0
+    cancel: bool = False
+
+    @property
+    def text(self) -> str:
+        """As written into the caches' keys; `parse` reads it."""
+        return ",".join(f"{name}={int(value) if name != 'layout' else value}" for name, value in vars(self).items())
+
+    @classmethod
+    def parse(cls, text: str) -> Switches:
+        """The switches that `text` stands for."""
+        values = dict(item.split("=") for item in text.split(","))
+        return cls(values["layout"], int(values["merge"]), bool(int(values["cancel"])))
+
+
+_DEFAULT = Switches()
+_ALL = Switches(merge=MERGE_BYTES, cancel=True)
+_chosen = _DEFAULT
+
+
+def chosen() -> Switches:
+    """What `enable` and `disable` have set for this process."""
+    return _chosen
+
+
+class Enabled:
+    """What `enable` returns: as a context manager it puts back, at its end, what was set before."""
+
+    def __init__(self, before: Switches) -> None:
+        self._before = before
+        self._lazy_backward = False
+
+    def __enter__(self) -> None:
+        from torch._functorch import config
+
+        # A backward graph is compiled at its first use, which may be after the block: have it compiled inside.
+        self._lazy_backward = config.force_non_lazy_backward_lowering
+        config.force_non_lazy_backward_lowering = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        from torch._functorch import config
+
+        config.force_non_lazy_backward_lowering = self._lazy_backward
+        _choose(self._before)
+
+
+def enable(*, layout: str | None = None, merge: bool | int | None = None, cancel: bool | None = None) -> Enabled:
+    """Switch passes on for what this process compiles from now on, or inside a ``with`` block.
+
+    Without arguments all of them; with arguments those that are named, the others stay as they are. A function that is
+    compiled already stays as it was compiled. Call it alike on every rank: all but `layout` change the sequence of
+    collectives, and every rank must run the same one. See docs/compiler.md for what each pass promises.
+
+    Args:
+        layout: "auto", "fused" or "exchange" (`Switches.layout`).
+        merge: True for exchanges of up to `MERGE_BYTES`, or a limit in bytes; False or 0 switches merging off.
+        cancel: drop exchanges that are undone by their inverse.
+
+    Raises:
+        ValueError: `layout` is none of the three, or `merge` is negative.
+        TypeError: `merge` is neither bool nor int, or `cancel` not a bool.
+    """
+    before = _chosen
+    _choose(_with(before, layout, merge, cancel))
+    return Enabled(before)
+
+
+def disable() -> None:
+    """Put every switch back to its default: `layout` on "auto", everything else off."""
+    _choose(_DEFAULT)
+
+
+def options(
+    *, layout: str | None = None, merge: bool | int | None = None, cancel: bool | None = None
+) -> dict[str, Any]:
+    """The same switches for one function: ``torch.compile(f, options=fvops.compiler.options())``.
+
+    Arguments and errors as for `enable`; what is not named is as this process has it. Other options may be added to the
+    returned dict.
+    """
+    from fvops.compiler import cache
+
+    return cache.pinned(_with(_chosen, layout, merge, cancel))
+
+
+def _with(base: Switches, layout: str | None, merge: bool | int | None, cancel: bool | None) -> Switches:
+    if layout is None and merge is None and cancel is None:
+        return dataclasses.replace(_ALL, layout=base.layout)
+    changes: dict[str, Any] = {}
+    if layout is not None:
+        if layout not in _LAYOUTS:
+            raise ValueError(f"layout={layout!r}: must be one of {', '.join(map(repr, _LAYOUTS))}")
+        changes["layout"] = layout
+    if merge is not None:
+        if not isinstance(merge, int):
+            raise TypeError(f"merge={merge!r}: must be a bool or a number of bytes")
+        if merge < 0:
+            raise ValueError(f"merge={merge}: the limit in bytes cannot be negative")
+        changes["merge"] = MERGE_BYTES if merge is True else int(merge)
+    if cancel is not None:
+        if not isinstance(cancel, bool):
+            raise TypeError(f"cancel={cancel!r}: must be a bool")
+        changes["cancel"] = cancel
+    return dataclasses.replace(base, **changes)
+
+
+def _choose(switches: Switches) -> None:
+    global _chosen
+    _chosen = switches
+    # A program that compiles nothing does not import Inductor's configuration: `install` writes the entry.
+    if "torch._inductor.config" in sys.modules:
+        from fvops.compiler import cache
+
+        cache.salt_caches()

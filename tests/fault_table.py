@@ -1,0 +1,112 @@
+"""What can go wrong, as data: each fault with what its culprit does and what the other ranks must be told.
+
+The culprit is the last rank, but for the store's server, which is the first. `tests/fault_run.py` carries one out,
+`tests/test_faults.py` runs all, and `tools/reliability_matrix.py` makes docs/reliability.md of the results.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["FAULTS", "MODES", "QUICK", "TRANSPORTS", "WORLDS", "Cell", "Fault", "cells"]
+
+WORLDS = (2, 4)
+MODES = ("eager", "compiled")
+TRANSPORTS = ("shm", "process_group", "nccl", "hccl")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that goes wrong.
+
+    Attributes:
+        name: as in the matrix.
+        act: what the culprit does: "kill" or "stop" (itself), "raise" (an exception ends its program, which cleans up),
+            "late", "destroy" (its group), "full" (there is no shared memory for its group), or a call that differs.
+        when: before, during or after a collective.
+        says: a regular expression that every other rank's error must match; ``{culprit}`` is its place.
+        checked: the ranks run under `check_collectives`, which promises the same words on every transport.
+        transports, modes: the cells that there are.
+    """
+
+    name: str
+    act: str
+    when: str
+    says: str
+    checked: bool = False
+    transports: tuple[str, ...] = TRANSPORTS
+    modes: tuple[str, ...] = MODES
+
+    @property
+    def dies(self) -> bool:
+        """Does the culprit's process end?"""
+        return self.act in ("kill", "stop", "server")
+
+
+_NAMED = r"fvops\.\w+ on group 'brief:0'.* failed .*place {culprit}\b"
+# A rank that tears down its process groups may leave no time for the roll call, nor a store to call it in.
+_TOLD = r"fvops\.\w+ on group 'brief:0'.* failed "
+_TABLE = (
+    r"was not issued, the ranks do not agree: (the ranks' {what} differ|rank \d+ was refused)(.|\n)*\n  {culprit} +\|"
+)
+
+FAULTS = [
+    *(Fault(f"SIGKILL {when} a collective", "kill", when, _NAMED) for when in ("before", "during", "after")),
+    *(Fault(f"SIGSTOP {when} a collective", "stop", when, _NAMED) for when in ("before", "during", "after")),
+    *(Fault(f"exception {when} a collective", "raise", when, _TOLD) for when in ("before", "during", "after")),
+    Fault("late by more than the deadline", "late", "before", _NAMED),
+    Fault("other shapes", "shapes", "before", _TABLE.replace("{what}", "shapes"), checked=True),
+    Fault("other dtypes", "dtypes", "before", _TABLE.replace("{what}", "dtypes"), checked=True),
+    Fault("another op", "ops", "before", _TABLE.replace("{what}", "ops"), checked=True),
+    Fault("another order", "order", "before", _TABLE.replace("{what}", "ops"), checked=True),
+    Fault("another group", "groups", "before", r"wait for one another|was refused a call", checked=True),
+    Fault("destroy while a peer is inside a call", "destroy", "before", _TOLD),
+    Fault(
+        "/dev/shm full",
+        "full",
+        "before",
+        r"FVOPS_TRANSPORT=shm, but place {culprit}: .*no room",
+        transports=("shm",),
+        modes=("eager",),
+    ),
+    Fault("the store's server gone", "server", "before", _TOLD),
+]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fault in one configuration."""
+
+    fault: Fault
+    world_size: int
+    mode: str
+    transport: str
+
+    def __str__(self) -> str:
+        return f"{self.fault.name}, {self.world_size} ranks, {self.mode}, {self.transport}"
+
+
+def cells() -> list[Cell]:
+    """All cells, in the matrix's order."""
+    return [
+        Cell(fault, world_size, mode, transport)
+        for fault in FAULTS
+        for world_size in WORLDS
+        for mode in fault.modes
+        for transport in fault.transports
+    ]
+
+
+# What `make test` runs: each act once, each transport, mode and world among them.
+QUICK = {
+    "SIGKILL during a collective, 4 ranks, eager, shm",
+    "late by more than the deadline, 2 ranks, eager, process_group",
+    "SIGSTOP during a collective, 2 ranks, eager, nccl",
+    "exception before a collective, 2 ranks, compiled, shm",
+    "other shapes, 4 ranks, eager, process_group",
+    "another order, 2 ranks, compiled, nccl",
+    "another group, 2 ranks, eager, hccl",
+    "destroy while a peer is inside a call, 2 ranks, eager, shm",
+    "/dev/shm full, 2 ranks, eager, shm",
+    "the store's server gone, 2 ranks, eager, shm",
+}
