@@ -50,8 +50,15 @@ FORWARD = ["all_to_all_4D", "send", "recv", "all_to_all_4D"]
 BACKWARD = ["all_to_all_4D", "all_to_all_4D"]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("selective", [False, True], ids=["plain", "selective"])
+@pytest.mark.parametrize(
+    ("selective", "backend"),
+    [
+        (False, "aot_eager"),
+        (False, "inductor"),
+        (True, "aot_eager"),
+        pytest.param(True, "inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_results_are_saved_not_received_again(two_ranks: Ranks, selective: bool, backend: str) -> None:
     for eager, compiled in two_ranks.run(_both, selective, backend, deadline_s=200):
         assert compiled == FORWARD + BACKWARD

@@ -22,13 +22,14 @@ def _compare(
     return compare_with_eager(names, switches, train, batch, dynamic=dynamic)
 
 
-@pytest.mark.parametrize(("train", "batch"), [(False, 2), (True, 1)])
+@pytest.mark.parametrize(("train", "batch"), [pytest.param(False, 2, marks=pytest.mark.slow), (True, 1)])
 def test_fused_layout_keeps_the_sequence_of_eager(two_ranks: Ranks, train: bool, batch: int) -> None:
     for results in two_ranks.run(_compare, NAMES, FUSED, train, batch, deadline_s=300):
         for name, (eager, compiled) in results.items():
             assert compiled == eager, name
 
 
+@pytest.mark.slow
 def test_fused_layout_of_merged_exchanges_at_dynamic_lengths(two_ranks: Ranks) -> None:
     switches = {**FUSED, "merge": True}
     results = two_ranks.run(_compare, NAMES[:1], switches, False, 2, True, deadline_s=300)
@@ -76,7 +77,7 @@ def _kernels(layout: str) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("layout", ["fused", "exchange", "auto"])
+@pytest.mark.parametrize("layout", ["fused", pytest.param("exchange", marks=pytest.mark.slow)])
 def test_pack_and_unpack_are_in_the_kernels_next_to_them(two_ranks: Ranks, layout: str) -> None:
     """At B=2, where both ends of an exchange have a layout: one kernel before, between and after, no other."""
     assert two_ranks.run(_kernels, layout, deadline_s=200) == [[2, 3], [2, 3]]

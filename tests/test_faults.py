@@ -51,6 +51,6 @@ def test_a_fault(cell: Cell, tmp_path: Path) -> None:
             assert re.search(fault.says.replace("{culprit}", str(culprit)), story["error"], re.DOTALL), story["error"]
             assert story["seconds"] < DEADLINE_S + _LEEWAY_S
         elif fault.act == "late":
-            assert "fvops.all_to_all_4D on group 'brief:0'" in story["error"]
+            assert re.match(r"fvops\.\w+ on group 'brief:0'", story["error"]), story["error"]
         assert story["again"] == P - fault.dies
         assert story["held"][0] == story["held"][1]

@@ -203,7 +203,7 @@ def _capture() -> list[Any]:
 def test_a_capture_never_grows_the_buffer_and_keeps_it(two_ranks: Ranks) -> None:
     for small, refusal, large, kept, new in two_ranks.run(_capture):
         assert small
-        assert "fvops.exchange on group 'sp:" in refusal
+        assert "fvops.all_to_all_4D on group 'sp:" in refusal
         assert "cannot grow inside a CUDA-graph capture; call the group's warmup(shapes, dtype)" in refusal
         assert large
         assert kept

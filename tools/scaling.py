@@ -57,6 +57,7 @@ def _print_table(plans: list[dict[str, Any]]) -> None:
         "collectives",
         "GB sent, P = 2, 4, 8",
         "GB of activations, P = 1, 2, 4, 8",
+        "GB of parameters",
     )
     print("| " + " | ".join(columns) + " |")
     print("|" + "---|" * len(columns))
@@ -68,6 +69,7 @@ def _print_table(plans: list[dict[str, Any]]) -> None:
         activations = [_gigabytes(own[P], "activation_bytes") for P in (1, *sizes)]
         counts = sorted({own[P]["collectives"] for P in runs if P > 1})
         cells = [", ".join(map(str, runs)), padded, "/".join(map(str, counts)), ", ".join(sent), ", ".join(activations)]
+        cells.append(_gigabytes(own[1], "parameter_bytes"))
         print(f"| {title} | " + " | ".join(cells) + " |")
 
 
@@ -99,7 +101,7 @@ def _draw(plans: list[dict[str, Any]]) -> None:
             ranks, values = [one["world_size"] for one in runs], [value(one) for one in runs]
             axis.plot(ranks, values, "o-", color=colours[title], label=title, markersize=5, linewidth=1.8)
         _scale(axis, label)
-    axes[0][0].legend(fontsize=9, loc="lower left")
+    axes[0][1].legend(fontsize=9, loc="upper right")
     _draw_refusals(axes[1][1], plans, titles, colours)
     figure.savefig(_PICTURE, dpi=110)
     plt.close(figure)

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fvops import envs
-from fvops.checks import where
 from fvops.device_communicators.flat_transport import FlatTransport, RefusedError
 from fvops.device_communicators.library_streams import Streams, let_thread_query_during_capture
 from fvops.device_communicators.symmetric_buffer import SymmetricBuffer
@@ -123,7 +122,7 @@ class SymmetricTransport(FlatTransport):
             self.base.exchange(outputs, inputs)
         else:
             raise RefusedError(
-                f"{where(self.op, self._unique_name)}: results of {needed} bytes exceed the symmetric buffer "
+                f"results of {needed} bytes exceed the symmetric buffer "
                 f"({self._most_bytes} bytes at most) and go through {self.base.name}, which did not exchange before "
                 "this CUDA-graph capture; call the group's warmup(shapes, dtype) with these shapes on every rank "
                 "before capturing"
@@ -154,9 +153,9 @@ class SymmetricTransport(FlatTransport):
         size = self._buffer.room.slot_bytes
         if self._streams.capturing():
             raise RefusedError(
-                f"{where(self.op, self._unique_name)}: results of {needed} bytes do not fit the symmetric buffer's "
-                f"slots of {size} bytes, which cannot grow inside a CUDA-graph capture; call the group's "
-                "warmup(shapes, dtype) with these shapes on every rank before capturing"
+                f"results of {needed} bytes do not fit the symmetric buffer's slots of {size} bytes, which cannot grow "
+                "inside a CUDA-graph capture; call the group's warmup(shapes, dtype) with these shapes on every rank "
+                "before capturing"
             )
         while size < needed:
             size *= 2
