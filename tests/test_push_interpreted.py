@@ -138,7 +138,7 @@ def _race(rounds: int) -> tuple[list[str], list[int]]:
     return wrong, room.words[::16].tolist()
 
 
-@pytest.mark.parametrize("rounds", [24, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [16, pytest.param(200, marks=pytest.mark.slow)])
 def test_races(ranks: Ranks, rounds: int) -> None:
     for wrong, words in ranks.run(_race, rounds):
         assert not wrong
