@@ -43,7 +43,8 @@ class Watcher:
         number, self._count = self._count, self._count + 1
 
         def inner_compile(graph: torch.fx.GraphModule, graph_inputs: Any, **kwargs: Any) -> Callable[..., Any]:
-            runner = copy.deepcopy(graph)  # lowering changes the graph
+            # Lowering changes the graph; its constants are shared.
+            runner = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))
             phase = "inference" if kwargs.get("is_inference") else "forward"
             self._lower(graph, graph_inputs, number, "backward" if kwargs.get("is_backward") else phase, kwargs)
             return _boxed(runner)
