@@ -139,6 +139,15 @@ def test_layout_kernels_at_an_exchange() -> None:
     assert not fused.layout_kernels
 
 
+def test_a_module_among_the_arguments_is_faked_too() -> None:
+    with torch.device("meta"):
+        module, x = nn.Linear(6, 6), torch.empty(2, 6)
+    before = dict(module.named_parameters())
+    report = fvops.report(lambda module, x: module(x), module, x, backward=True)
+    assert [graph.phase for graph in report.graphs] == ["forward", "backward"]
+    assert all(parameter is before[name] for name, parameter in module.named_parameters())
+
+
 def test_peak_memory_of_a_chain() -> None:
     """Of four products in a row two results are alive at once, the one read and the one written."""
     report = fvops.report(lambda x: ((x @ x) @ x) @ x, torch.empty(32, 32), execute=False)

@@ -77,10 +77,7 @@ def main() -> None:
     graphs.append(counters["stats"]["unique_graphs"])
     breaks = sum(counters["graph_break"].values())
 
-    told = fvops.report(forward, model, videos[0])
-
     print_table(model, alone, eager, compiled, graphs, breaks)
-    say(f"fvops.report, of {told.summary()}")
     problems = find_problems(alone, eager, compiled, graphs, breaks, args.steps)
     failed = fail_together(problems)
     fvops.cleanup_dist_env_and_memory()

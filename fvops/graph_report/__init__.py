@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from fvops import compiler
 from fvops.graph_report.contents import Break, Collective, Graph, Kernel, Machine, Report
@@ -102,10 +101,10 @@ def _pass_log() -> list[Any]:
 
 def _decide(execute: bool | None, fn: Any, args: Any, kwargs: Any) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
-    from torch.utils._pytree import tree_leaves
 
-    own = [*fn.parameters(), *fn.buffers()] if isinstance(fn, nn.Module) else []
-    tensors = [leaf for leaf in [*own, *tree_leaves((args, kwargs))] if isinstance(leaf, Tensor)]
+    from fvops.graph_report.tracing import tensors_in
+
+    tensors = tensors_in(fn, args, kwargs)
     unreal = [tensor for tensor in tensors if tensor.is_meta or isinstance(tensor, FakeTensor)]
     if execute is None:
         return not unreal and not is_planning()

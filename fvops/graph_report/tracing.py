@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fvops.graph_report.contents import Break, Graph
 from fvops.graph_report.user_lines import line_of_stack
 
-__all__ = ["Watcher", "call", "fakes_in_place_of"]
+__all__ = ["Watcher", "call", "fakes_in_place_of", "modules_in", "tensors_in"]
 
 
 class Watcher:
@@ -43,7 +43,8 @@ class Watcher:
         number, self._count = self._count, self._count + 1
 
         def inner_compile(graph: torch.fx.GraphModule, graph_inputs: Any, **kwargs: Any) -> Callable[..., Any]:
-            runner = copy.deepcopy(graph)  # lowering changes the graph
+            # Lowering changes the graph; its constants are shared.
+            runner = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))
             phase = "inference" if kwargs.get("is_inference") else "forward"
             self._lower(graph, graph_inputs, number, "backward" if kwargs.get("is_backward") else phase, kwargs)
             return _boxed(runner)
@@ -118,8 +119,7 @@ def call(
 
 def _run_backward(outputs: Any, fn: Any, args: Any, kwargs: Any) -> None:
     heads = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    leaves = [*tree_leaves((args, kwargs)), *(fn.parameters() if isinstance(fn, nn.Module) else ())]
-    leaves = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+    leaves = list({id(tensor): tensor for tensor in tensors_in(fn, args, kwargs) if tensor.requires_grad}.values())
     if not heads or not leaves:
         raise ValueError(
             "fvops.report(backward=True): no output requires a gradient, or no argument and no parameter of a module "
@@ -151,7 +151,7 @@ def fakes_in_place_of(
     Args:
         device: where what is on the meta device is taken to be.
     """
-    modes = {leaf.fake_mode for leaf in _tensors_of(fn, args, kwargs) if isinstance(leaf, FakeTensor)}
+    modes = {leaf.fake_mode for leaf in tensors_in(fn, args, kwargs) if isinstance(leaf, FakeTensor)}
     if len(modes) > 1:
         raise ValueError("fvops.report: the fake tensors are of several modes; make them all under one")
     mode = modes.pop() if modes else FakeTensorMode(allow_non_fake_inputs=True)
@@ -164,7 +164,7 @@ def fakes_in_place_of(
             made[id(tensor)] = _fake(tensor, mode, device)
         return made[id(tensor)]
 
-    with mode, _swapped(fn, fake):
+    with mode, _swapped(modules_in(fn, args, kwargs), fake):
         yield tree_map_only(Tensor, fake, (args, kwargs))
 
 
@@ -178,14 +178,21 @@ def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
     return twin.requires_grad_(tensor.requires_grad)
 
 
-def _tensors_of(fn: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    own = [*fn.parameters(), *fn.buffers()] if isinstance(fn, nn.Module) else []
+def modules_in(fn: Any, args: Any, kwargs: Any) -> list[nn.Module]:
+    """The modules among a function and its arguments."""
+    return [leaf for leaf in (fn, *tree_leaves((args, kwargs))) if isinstance(leaf, nn.Module)]
+
+
+def tensors_in(fn: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors among the arguments, and the parameters and buffers of the modules."""
+    own = [tensor for one in modules_in(fn, args, kwargs) for tensor in (*one.parameters(), *one.buffers())]
     return [*own, *(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))]
 
 
 @contextlib.contextmanager
-def _swapped(fn: Any, fake: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    modules: list[Any] = list(fn.modules()) if isinstance(fn, nn.Module) else []
+def _swapped(roots: list[nn.Module], fake: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    # Each once: what was swapped already must not be taken for what was there before.
+    modules: list[Any] = list(dict.fromkeys(module for root in roots for module in root.modules()))
     places = [(holder, dict(holder)) for module in modules for holder in (module._parameters, module._buffers)]
     try:
         for holder, before in places:
