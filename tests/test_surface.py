@@ -192,9 +192,6 @@ def test_the_coordinators_properties() -> None:
 def test_stateless_process_group() -> None:
     from fvops import utils
 
-    if not hasattr(utils, "StatelessProcessGroup"):
-        assert "StatelessProcessGroup" in NOT_YET
-        return
     for line in _lines(STATELESS):
         _check(utils.StatelessProcessGroup, "StatelessProcessGroup.", line)
 
