@@ -184,7 +184,7 @@ def _run_step(group: fvops.GroupCoordinator, step: Step, x: Tensor) -> Tensor | 
         rows = step[3]
         sent = list(rows[place])
         received = [rows[other][place] for other in range(P)]
-        out = group.all_to_all_single(x.repeat(sum(sent), 1, 1, 1), received, sent)
+        out = group.all_to_all_single(x[:1].repeat(sum(sent), 1, 1, 1), received, sent)
         return x + out.sum()
     if kind == "broadcast":
         return torch.ops.fvops.broadcast(x, step[3], P, group.unique_name)
