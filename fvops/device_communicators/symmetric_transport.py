@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fvops import envs
-from fvops.device_communicators.flat_transport import FlatTransport
+from fvops.device_communicators.flat_transport import FlatTransport, RefusedError
 from fvops.device_communicators.library_streams import Streams, let_thread_query_during_capture
 from fvops.device_communicators.symmetric_buffer import SymmetricBuffer, TorchSymmetricBuffer
 from fvops.device_communicators.symmetric_creation import agree, form_buffers
@@ -134,7 +134,7 @@ class SymmetricTransport(FlatTransport):
         """Have slots of `needed` bytes; False, on all ranks, when there is no memory for them. Collective."""
         size = self._buffer.room.slot_bytes
         if self._streams.capturing():
-            raise RuntimeError(
+            raise RefusedError(
                 f"results of {needed} bytes do not fit into the symmetric buffer's slots of {size} bytes, which "
                 "cannot grow inside a CUDA-graph capture; call the group's warmup(shapes, dtype) with these shapes on "
                 "every rank before capturing"
