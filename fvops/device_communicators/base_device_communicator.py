@@ -311,8 +311,10 @@ class DeviceCommunicatorBase:
 
     def _judge(self, error: BaseException, entry: journal.Entry, peer: int | None) -> None:
         """Raise `error` with what the group knows of it, and break the group unless nothing was sent."""
-        if isinstance(error, (TypeError, ValueError, RefusedError)):
+        if isinstance(error, (TypeError, ValueError)):
             return
+        if isinstance(error, RefusedError):
+            raise RefusedError(f"{checks.where(entry.op, self.unique_name)}: {error}") from error
         if not isinstance(error, RuntimeError) or isinstance(error, debug_check.MismatchError):
             # An interrupt in the middle of a call, or a call that the ranks do not agree on.
             self.break_with(f"{type(error).__name__} in {entry}: {error}")
