@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -265,3 +266,12 @@ def test_the_package_is_typed() -> None:
     from importlib.resources import files
 
     assert (files("fvops") / "py.typed").is_file()
+
+
+def test_every_folder_of_the_package_is_installed() -> None:
+    import tomllib
+
+    root = Path(__file__).resolve().parents[1]
+    listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {".".join(path.parent.relative_to(root).parts) for path in (root / "fvops").rglob("__init__.py")}
+    assert set(listed) == folders | {"fvops.kernels"}
