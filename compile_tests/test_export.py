@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -42,11 +43,13 @@ def _file(folder: str, ending: str) -> str:
     return f"{folder}/rank{fvops.get_world_rank()}.{ending}"
 
 
-def _save(folder: str) -> None:
+def _save(folder: str, packaged: bool) -> None:
     with torch.no_grad():
         program = torch.export.export(_Block(), (_example(),))
-        torch.export.save(program, _file(folder, "export.pt2"))
-        torch._inductor.aoti_compile_and_package(program, package_path=_file(folder, "aoti.pt2"))
+        if packaged:
+            torch._inductor.aoti_compile_and_package(program, package_path=_file(folder, "aoti.pt2"))
+        else:
+            torch.export.save(program, _file(folder, "export.pt2"))
 
 
 def _load_and_run(folder: str, packaged: bool) -> tuple[Tensor, list[tuple[str, str, int]]]:
@@ -59,12 +62,12 @@ def _load_and_run(folder: str, packaged: bool) -> tuple[Tensor, list[tuple[str, 
     return result, canonical(records)
 
 
-def test_export_and_package_run_in_new_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packaged", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["export", "AOTInductor"])
+def test_a_saved_program_runs_in_new_processes(tmp_path: Path, packaged: bool) -> None:
     expected = Ranks.get(2).run(_eager)
-    Ranks.get(2).run(_save, str(tmp_path), deadline_s=240)
-    for packaged in (False, True):
-        Ranks.get(2).kill()
-        got = Ranks.get(2).run(_load_and_run, str(tmp_path), packaged, deadline_s=180)
-        for (result, records), (expected_result, expected_records) in zip(got, expected, strict=True):
-            torch.testing.assert_close(result, expected_result, **TOLERANCE)
-            assert records == expected_records, "AOTInductor" if packaged else "export"
+    Ranks.get(2).run(_save, str(tmp_path), packaged, deadline_s=240)
+    Ranks.get(2).kill()
+    got = Ranks.get(2).run(_load_and_run, str(tmp_path), packaged, deadline_s=180)
+    for (result, records), (expected_result, expected_records) in zip(got, expected, strict=True):
+        torch.testing.assert_close(result, expected_result, **TOLERANCE)
+        assert records == expected_records

@@ -49,7 +49,9 @@ def _die(folder: str, waiting: str) -> None:
         first, seconds = _error_of(calls[waiting])
         second, _ = _error_of(lambda: _all_reduce(transport))
         sent, _ = _error_of(lambda: transport.send(torch.ones(3), (me + 1) % P))
-        files = [name for name in os.listdir("/dev/shm") if name.startswith("fvops-")]
+        # The dead rank's too, since it is mapped here; others on this machine may be making theirs.
+        mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if "/dev/shm/fvops-" in line]
+        files = [line for line in mapped if not line.endswith("(deleted)")] if mapped else ["no segment is mapped"]
         Path(folder, f"{me}").write_text("\n".join([f"{seconds}", first, second, sent, repr(files)]))
 
 
