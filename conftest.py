@@ -8,7 +8,8 @@ from tests.fixtures import ranks, two_ranks
 
 __all__ = ["ranks", "two_ranks"]
 
-# At three ranks only: the op suite and test_transports.py run all ops at 2, 3 and 4 over the same code.
+# At three ranks only: the op suite and test_transports.py run all ops at 2, 3 and 4 over the same code, and what is not
+# about ops hardly depends on their number.
 _AT_THREE = {
     "test_shm_collectives",
     "test_pynccl_double",
@@ -16,9 +17,13 @@ _AT_THREE = {
     "test_message_queue",
     "test_tensor_dicts",
     "test_stateless_group",
+    "test_objects",
+    "test_lifecycle",
+    "test_groups",
+    "test_debug_check",
 }
-# What another parameter covers already: training compiles forward too, aot_eager traces as eager does, of DDP and FSDP2
-# one runs, the compiled diffusers model is the demo's.
+# What another parameter covers already: training compiles forward too, aot_eager traces as eager does, the compiled
+# diffusers model is the demo's; or what takes longest: training under DDP and FSDP2.
 _COVERED = {
     "test_eight_sequence_lengths[2-inductor-default-inference]",
     "test_eight_sequence_lengths[2-inductor-dynamic-inference]",
@@ -31,6 +36,10 @@ _COVERED = {
     "test_every_method_helper_and_getter_traces_whole[aot_eager-2-inference]",
     "test_random_programs_issue_the_same_collectives[4-2-inference]",
     "test_two_ranks_share_a_sequence[ddp]",
+    "test_two_ranks_share_a_sequence[fsdp2]",
+    "test_data_movement_is_bitwise[aot_eager]",
+    "test_compiled_functions_outlive_their_groups[2-aot_eager]",
+    "test_exchanges_are_pushed_and_the_rest_is_not[P3]",
     "test_output_is_that_of_one_rank[2-True]",
     "test_output_is_that_of_one_rank[3-False]",
     "test_a_compiled_program_in_which_one_rank_skips_a_layer[4]",

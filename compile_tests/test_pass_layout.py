@@ -97,6 +97,7 @@ def _lowered(layout: str) -> str:
     return seen[0]
 
 
+@pytest.mark.slow
 def test_which_layout_is_chosen(two_ranks: Ranks) -> None:
     ops = [two_ranks.run(_lowered, layout, deadline_s=200)[0] for layout in ("fused", "exchange", "auto")]
     assert ops == ["all_to_all_4D_packed", "all_to_all_4D", "all_to_all_4D"]

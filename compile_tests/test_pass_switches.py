@@ -134,6 +134,7 @@ def _backward_after_the_block() -> tuple[list[str], int, int]:
     return _compiled("block", train=True)
 
 
+@pytest.mark.slow
 def test_backward_of_a_block_is_compiled_in_the_block(two_ranks: Ranks) -> None:
     issued, _, _ = two_ranks.run(_backward_after_the_block, deadline_s=200)[0]
     assert issued == [SINGLE, SINGLE]  # of six: two pairs cancelled

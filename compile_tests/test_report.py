@@ -326,6 +326,7 @@ def test_padding_is_counted_and_cut_off_before_attention() -> None:
     assert found.collectives == 3 * 42
 
 
+@pytest.mark.slow
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     script = str(Path(__file__).parent.parent / "tools/graph_report.py")
     page = tmp_path / "page.html"

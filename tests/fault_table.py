@@ -104,7 +104,7 @@ QUICK = {
     "SIGSTOP during a collective, 2 ranks, eager, nccl",
     "exception before a collective, 2 ranks, compiled, shm",
     "other shapes, 4 ranks, eager, process_group",
-    "another order, 2 ranks, compiled, nccl",
+    "another order, 2 ranks, eager, nccl",
     "another group, 2 ranks, eager, hccl",
     "destroy while a peer is inside a call, 2 ranks, eager, shm",
     "/dev/shm full, 2 ranks, eager, shm",
