@@ -25,7 +25,8 @@ __all__ = ["FLOOR", "candidates"]
 
 Call = Callable[[], Any]
 FLOOR = "plain copy"
-HEADS, HEAD_SIZE = 12, 128
+# As Wan2.1 1.3B; with ranks that 12 does not divide by, as Wan2.1 14B.
+HEADS, MORE_HEADS, HEAD_SIZE = 12, 40, 128
 
 
 def candidates(fvops: GroupCoordinator, gloo: GroupCoordinator, nbytes: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -36,9 +37,10 @@ def candidates(fvops: GroupCoordinator, gloo: GroupCoordinator, nbytes: int, dty
         gloo: a group of the same ranks on its gloo process group.
     """
     P = fvops.world_size
-    row = HEADS * HEAD_SIZE * dtype.itemsize
+    heads = MORE_HEADS if HEADS % P else HEADS
+    row = heads * HEAD_SIZE * dtype.itemsize
     rows = max(1, round(nbytes / row / P)) * P
-    q, k, v = (torch.randn(1, rows, HEADS, HEAD_SIZE).to(dtype) for _ in range(3))
+    q, k, v = (torch.randn(1, rows, heads, HEAD_SIZE).to(dtype) for _ in range(3))
     flat, target = q.view(rows, -1), torch.empty_like(q)
     qkv, qkv_target = torch.cat([q, k, v]), torch.cat([q, k, v])
     pg = gloo.cpu_group

@@ -98,6 +98,7 @@ def make_group(transport: Any = None) -> GroupCoordinator:
     world = dist.distributed_c10d._get_default_group()
     os.environ["FVOPS_TRANSPORT"] = "process_group"
     group = GroupCoordinator.__new__(GroupCoordinator)
+    group.timeout_s = 60.0
     group._setup(0, world, world, True, "bench", torch.device("cpu"), [])
     if transport is not None:
         resolve(group.unique_name, P).transport = transport
