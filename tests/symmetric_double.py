@@ -10,6 +10,7 @@ import mmap
 import os
 import secrets
 import time
+import weakref
 from typing import Any
 
 import torch
@@ -74,6 +75,8 @@ class SharedBuffer:
         self._name = secrets.token_hex(_NAME_BYTES // 2)
         with open(self._path(self._name), "xb") as file:
             file.truncate(self._size)
+        # Also where the ranks do not agree, and nobody connects.
+        self._unlink = weakref.finalize(self, os.unlink, self._path(self._name))
 
     @classmethod
     def refusal(cls, device: torch.device) -> str:
@@ -88,7 +91,7 @@ class SharedBuffer:
         dist.all_gather(names, own, group=self._group)
         self._mapped = [self._map(bytes(name.tolist()).decode()) for name in names]
         dist.barrier(self._group)
-        os.unlink(self._path(self._name))
+        self._unlink()
         start, memory = slots_start(P), self._mapped[place]
         addresses = torch.tensor([buffer.data_ptr() for buffer in self._mapped])
         self.room = Room(memory[:start].view(torch.int64), addresses, memory[start:], self._slot_bytes, place)
