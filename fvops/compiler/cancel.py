@@ -21,7 +21,6 @@ from fvops.compiler.token_chain import (
     arguments_of,
     calls,
     fake_run,
-    index_of,
     insert,
     is_call,
     op_of,
@@ -156,12 +155,7 @@ def _elide(call: Node) -> None:
     """Put `fvops::elided` into the place of `call`, whose result is unread."""
     _, token, result = insert(call, token_before(call), torch.ops.fvops.elided.default, arguments_of(call)[-2:], call)
     call.graph.erase_node(result)
-    for item in list(call.users):
-        if index_of(item) == 0:
-            item.replace_all_uses_with(token)
-    for item in list(call.users):
-        call.graph.erase_node(item)
-    call.graph.erase_node(call)
+    remove(call, token)
 
 
 def _drop_unread(images: dict[Node, _Image], sources: dict[Node, Node]) -> int:

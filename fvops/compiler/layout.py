@@ -27,10 +27,9 @@ from fvops.compiler.token_chain import (
     is_call,
     op_of,
     read,
+    remove,
     result_of,
-    results_of,
     token_before,
-    token_of,
 )
 
 __all__ = ["compute_layouts"]
@@ -59,17 +58,13 @@ def _open_up(call: Node, single: bool) -> None:
     pack, unpack = (_pack_heads, _unpack_sequence) if scatter_dim == 2 else (_pack_sequence, _unpack_heads)
     sends = [pack(call, x, P) for x in inputs]
     arguments = (sends, scatter_dim, gather_dim, single, P, group_name)
-    old_token, old = token_of(call), result_of(call)
+    old = result_of(call)
     _, token, recvs = insert(call, token_before(call), torch.ops.fvops.all_to_all_4D_packed.default, arguments, call)
-    if old_token is not None:
-        old_token.replace_all_uses_with(token)
     if old is not None:
         for item in [old] if single else list(old.users):
             recv = read(call, recvs, 0 if single else index_of(item), item)
             item.replace_all_uses_with(unpack(call, recv, P))
-    for item in reversed(results_of(call, token=True)):
-        call.graph.erase_node(item)
-    call.graph.erase_node(call)
+    remove(call, token)
 
 
 def _pack_heads(call: Node, x_BSHD: Node, P: int) -> Node:

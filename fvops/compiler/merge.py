@@ -21,10 +21,10 @@ from fvops.compiler.token_chain import (
     is_call,
     op_of,
     read,
+    remove,
     result_of,
     results_of,
     token_before,
-    token_of,
 )
 
 __all__ = ["merge_exchanges"]
@@ -103,7 +103,7 @@ def _nbytes(call: Node) -> int:
 
 def _merge(members: list[Node]) -> None:
     first, last = members[0], members[-1]
-    graph, coalesced = first.graph, _exchanges()[1]
+    coalesced = _exchanges()[1]
     inputs = [node for call in members for node in _inputs(call)]
     _, token, results = insert(last, token_before(first), coalesced, (inputs, *_direction(first)), last)
     place = 0
@@ -116,13 +116,9 @@ def _merge(members: list[Node]) -> None:
             else:
                 old.replace_all_uses_with(read(last, results, place, old))
         place += count
-    last_token = token_of(last)
-    if last_token is not None:
-        last_token.replace_all_uses_with(token)
-    for member in reversed(members):
-        for item in reversed(results_of(member, token=True)):
-            graph.erase_node(item)
-        graph.erase_node(member)
+    remove(last, token)
+    for member in reversed(members[:-1]):
+        remove(member)
 
 
 def _replace_items(old: Node, results: Node, place: int, before: Node) -> None:

@@ -129,11 +129,11 @@ def fake_run(op: Any, *values: Any, **keywords: Any) -> Any:
         return op(*values, **keywords)
 
 
-def remove(call: Node) -> None:
-    """Take `call`, whose result is unread, out of the chain: what follows it gets the token that it got."""
-    graph, token = call.graph, token_of(call)
-    if token is not None:
-        token.replace_all_uses_with(token_before(call))
+def remove(call: Node, token: Node | None = None) -> None:
+    """Take `call`, whose result is unread, out of the chain: what follows it gets `token`, or else what `call` got."""
+    graph, old_token = call.graph, token_of(call)
+    if old_token is not None:
+        old_token.replace_all_uses_with(token if token is not None else token_before(call))
     for item in reversed(results_of(call, token=True)):
         graph.erase_node(item)
     graph.erase_node(call)

@@ -58,11 +58,21 @@ _monotonic = time.monotonic
 
 
 def begin(
-    member: Member, op: str, way: str, number: int, tensors: Sequence[Tensor], arguments: dict[str, Any]
+    member: Member,
+    op: str,
+    way: str,
+    number: int,
+    tensors: Tensor | Sequence[Tensor] | None,
+    arguments: dict[str, Any],
 ) -> list[Any]:
     """Note that a call begins; `finish` wants what this returns, and ``Entry(*...)`` takes it."""
-    shapes = (tensors[0].shape,) if len(tensors) == 1 else tuple([tensor.shape for tensor in tensors])
-    dtype = tensors[0].dtype if tensors else None
+    shapes: tuple[torch.Size, ...]
+    dtype: torch.dtype | None
+    if isinstance(tensors, Tensor):
+        shapes, dtype = (tensors.shape,), tensors.dtype
+    else:
+        shapes = tuple([tensor.shape for tensor in tensors or ()])
+        dtype = tensors[0].dtype if tensors else None
     noted = [member, op, way, number, shapes, dtype, arguments, _monotonic(), 0.0, False]
     _recent.append(noted)
     _under_way[id(noted)] = noted
