@@ -16,7 +16,7 @@ from torch import Tensor
 import fvops
 from fvops.debug import CollectiveRecord, record_collectives
 
-__all__ = ["CANCELLED", "KEPT", "MERGED", "PROGRAMS", "Issued", "compare_with_eager", "example", "issued"]
+__all__ = ["ABSORBED", "CANCELLED", "KEPT", "MERGED", "PROGRAMS", "Issued", "compare_with_eager", "example", "issued"]
 
 Program = Callable[[Tensor], Any]
 # (op, shapes of the tensors, arguments) of each collective, in order.
@@ -110,7 +110,55 @@ KEPT: dict[str, tuple[Program, int]] = {
     "an unread one": (lambda x: (_heads(x.sin()), _sequence(_heads(x)))[1], 1),
 }
 
+
+def _weight(x: Tensor, rows: int, columns: int) -> Tensor:
+    """A matrix that depends on x, so that its gradient is looked at."""
+    return (torch.arange(rows * columns, dtype=x.dtype).view(rows, columns) * x.mean()).sin() / rows
+
+
+def _projected(x: Tensor, bias: bool) -> Tensor:
+    """An output projection: exchange, then ``[B, s, H, D] -> [B, s, 6]``."""
+    y = _sequence(x.sin()).flatten(2)
+    return F.linear(y, _weight(x, 6, y.size(2)), x[0, 0, 0, :1].expand(6).cos() if bias else None)
+
+
+def _projected_from_the_left(x: Tensor) -> Tensor:
+    y = _sequence(x.sin()).flatten(2).flatten(0, 1)
+    return torch.mm(_weight(x, 6, y.size(1)), y.t())
+
+
+def _projected_twice(x: Tensor) -> Tensor:
+    y = _sequence(x.sin()).flatten(2)
+    return F.linear(y, _weight(x, 6, y.size(2))) * F.linear(y, _weight(x.cos(), 6, y.size(2)))
+
+
+def _projected_before(x: Tensor, bias: bool) -> Tensor:
+    """A projection of what only the exchange reads: ``[B, S, H*D] -> [B, S, P*H*D]``, exchanged."""
+    channels = x.size(2) * x.size(3)
+    heads = fvops.get_sp_group().world_size
+    weight = _weight(x, 3 * heads, channels)
+    y = F.linear(x.sin().flatten(2), weight, x[0, 0, 0, :1].expand(3 * heads).cos() if bias else None)
+    return _heads(y.unflatten(2, (heads, 3)))
+
+
+def _only_summed(x: Tensor) -> Tensor:
+    y = _sequence(x.sin()).flatten(2)
+    return F.linear(y, _weight(x, 6, y.size(2))).sum() * y.sum((0, 1)).cos()
+
+
+# name -> (program, products that read received parts, products that write packed buffers), without gradients
+ABSORBED: dict[str, tuple[Program, int, int]] = {
+    "projected": (lambda x: _projected(x, bias=False), 1, 0),
+    "projected with a bias": (lambda x: _projected(x, bias=True), 1, 0),
+    "projected from the left": (_projected_from_the_left, 1, 0),
+    "projected twice": (_projected_twice, 2, 0),
+    "projected before": (lambda x: _projected_before(x, bias=False), 0, 1),
+    "projected before with a bias": (lambda x: _projected_before(x, bias=True), 0, 1),
+    "projected and summed": (_only_summed, 0, 0),
+}
+
 PROGRAMS: dict[str, Program] = {
+    **{name: program for name, (program, _, _) in ABSORBED.items()},
     **{name: program for name, (program, _) in MERGED.items()},
     **CANCELLED,
     **{name: program for name, (program, _) in KEPT.items()},

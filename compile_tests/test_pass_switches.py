@@ -27,9 +27,9 @@ def _as_it_was() -> Any:
 
 
 def test_enable_alone_is_everything_and_disable_the_default() -> None:
-    assert switches.chosen() == DEFAULT == switches.Switches("auto", 0, False)
+    assert switches.chosen() == DEFAULT == switches.Switches("auto", 0, False, False)
     fvops.compiler.enable()
-    assert switches.chosen() == switches.Switches("auto", switches.MERGE_BYTES, True)
+    assert switches.chosen() == switches.Switches("auto", switches.MERGE_BYTES, True, True)
     fvops.compiler.disable()
     assert switches.chosen() == DEFAULT
 
@@ -49,6 +49,8 @@ def test_a_block_puts_back_what_was_set() -> None:
     with fvops.compiler.enable(cancel=True):
         with fvops.compiler.enable(merge=True):
             assert switches.chosen() == switches.Switches("auto", switches.MERGE_BYTES, True)
+        with fvops.compiler.enable(absorb=True):
+            assert switches.chosen() == switches.Switches("auto", 7, True, True)
         assert switches.chosen() == switches.Switches("auto", 7, True)
     assert switches.chosen() == switches.Switches("auto", 7, False)
     with pytest.raises(KeyError), fvops.compiler.enable():
@@ -56,7 +58,7 @@ def test_a_block_puts_back_what_was_set() -> None:
     assert switches.chosen() == switches.Switches("auto", 7, False)
 
 
-@pytest.mark.parametrize("value", [DEFAULT, switches.Switches("fused", 12345, True)])
+@pytest.mark.parametrize("value", [DEFAULT, switches.Switches("fused", 12345, True), switches.Switches(absorb=True)])
 def test_switches_are_read_back_from_their_text(value: switches.Switches) -> None:
     assert switches.Switches.parse(value.text) == value
 
@@ -68,6 +70,7 @@ def test_switches_are_read_back_from_their_text(value: switches.Switches) -> Non
         ({"merge": -1}, ValueError, "merge=-1: the limit in bytes cannot be negative"),
         ({"merge": "all"}, TypeError, "merge='all': must be a bool or a number of bytes"),
         ({"cancel": 1}, TypeError, "cancel=1: must be a bool"),
+        ({"absorb": "no"}, TypeError, "absorb='no': must be a bool"),
     ],
 )
 def test_bad_switches(arguments: dict[str, Any], error: type[Exception], text: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from fvops.compiler.log import note
 from fvops.compiler.token_chain import (
     add,
     arguments_of,
@@ -153,6 +154,7 @@ def _before_exchange(node: Node, images: dict[Node, _Image], sources: dict[Node,
 
 def _elide(call: Node) -> None:
     """Put `fvops::elided` into the place of `call`, whose result is unread."""
+    note("cancel", "all_to_all_4D, undone by its inverse or the inverse itself, dropped", call)
     _, token, result = insert(call, token_before(call), torch.ops.fvops.elided.default, arguments_of(call)[-2:], call)
     call.graph.erase_node(result)
     remove(call, token)

@@ -29,21 +29,31 @@ def take_slots() -> None:
 
 
 def _on_joint_graph(graph: Graph) -> None:
-    if cache.switches_in_force().cancel:
+    switches = cache.switches_in_force()
+    if switches.cancel:
         from fvops.compiler.cancel import cancel_inverses
 
         cancel_inverses(graph)
+    if switches.absorb:
+        from fvops.compiler.absorb import read_slices
+
+        read_slices(graph, switches.layout)
 
 
 def _on_lowered_graph(graph: Graph) -> None:
-    from fvops.compiler import layout, merge
+    from fvops.compiler import absorb, layout, merge
     from fvops.compiler.cancel import drop_elided
 
     switches = cache.switches_in_force()
     drop_elided(graph)
+    # Before merge: an exchange that absorb has opened up merges with others only if they are, too.
+    layout.compute_layouts(graph, switches.layout)
+    if switches.absorb:
+        absorb.write_packed(graph)
     if switches.merge:
         merge.merge_exchanges(graph, switches.merge)
-    layout.compute_layouts(graph, switches.layout)
+    if switches.absorb:
+        absorb.add_in_place(graph)
 
 
 class _Pass(CustomGraphPass):

@@ -29,11 +29,13 @@ class Switches:
             "exchange" on CPU, whose transport writes strided slices straight into the peers' results, else "fused".
         merge: largest input, in bytes, that exchanges may be merged into; 0: no merging.
         cancel: drop exchanges that are undone by their inverse.
+        absorb: matrix products read received parts and write packed buffers, where exchanges are opened up.
     """
 
     layout: str = "auto"
     merge: int = 0
     cancel: bool = False
+    absorb: bool = False
 
     @property
     def text(self) -> str:
@@ -44,11 +46,12 @@ class Switches:
     def parse(cls, text: str) -> Switches:
         """The switches that `text` stands for."""
         values = dict(item.split("=") for item in text.split(","))
-        return cls(values["layout"], int(values["merge"]), bool(int(values["cancel"])))
+        cancel, absorb = (bool(int(values[name])) for name in ("cancel", "absorb"))
+        return cls(values["layout"], int(values["merge"]), cancel, absorb)
 
 
 _DEFAULT = Switches()
-_ALL = Switches(merge=MERGE_BYTES, cancel=True)
+_ALL = Switches(merge=MERGE_BYTES, cancel=True, absorb=True)
 _chosen = _DEFAULT
 
 
@@ -80,24 +83,31 @@ class Enabled:
         _choose(self._before)
 
 
-def enable(*, layout: str | None = None, merge: bool | int | None = None, cancel: bool | None = None) -> Enabled:
+def enable(
+    *,
+    layout: str | None = None,
+    merge: bool | int | None = None,
+    cancel: bool | None = None,
+    absorb: bool | None = None,
+) -> Enabled:
     """Switch passes on for what this process compiles from now on, or inside a ``with`` block.
 
     Without arguments all of them; with arguments those that are named, the others stay as they are. A function that is
-    compiled already stays as it was compiled. Call it alike on every rank: all but `layout` change the sequence of
+    compiled already stays as it was compiled. Call it alike on every rank: `merge` and `cancel` change the sequence of
     collectives, and every rank must run the same one. See docs/compiler.md for what each pass promises.
 
     Args:
         layout: "auto", "fused" or "exchange" (`Switches.layout`).
         merge: True for exchanges of up to `MERGE_BYTES`, or a limit in bytes; False or 0 switches merging off.
         cancel: drop exchanges that are undone by their inverse.
+        absorb: let matrix products read received parts and write packed buffers; it sums in another order.
 
     Raises:
         ValueError: `layout` is none of the three, or `merge` is negative.
-        TypeError: `merge` is neither bool nor int, or `cancel` not a bool.
+        TypeError: `merge` is neither bool nor int, or `cancel` or `absorb` not a bool.
     """
     before = _chosen
-    _choose(_with(before, layout, merge, cancel))
+    _choose(_with(before, layout, merge, cancel=cancel, absorb=absorb))
     return Enabled(before)
 
 
@@ -107,7 +117,11 @@ def disable() -> None:
 
 
 def options(
-    *, layout: str | None = None, merge: bool | int | None = None, cancel: bool | None = None
+    *,
+    layout: str | None = None,
+    merge: bool | int | None = None,
+    cancel: bool | None = None,
+    absorb: bool | None = None,
 ) -> dict[str, Any]:
     """The same switches for one function: ``torch.compile(f, options=fvops.compiler.options())``.
 
@@ -116,11 +130,11 @@ def options(
     """
     from fvops.compiler import cache
 
-    return cache.pinned(_with(_chosen, layout, merge, cancel))
+    return cache.pinned(_with(_chosen, layout, merge, cancel=cancel, absorb=absorb))
 
 
-def _with(base: Switches, layout: str | None, merge: bool | int | None, cancel: bool | None) -> Switches:
-    if layout is None and merge is None and cancel is None:
+def _with(base: Switches, layout: str | None, merge: bool | int | None, **flags: bool | None) -> Switches:
+    if layout is None and merge is None and all(flag is None for flag in flags.values()):
         return dataclasses.replace(_ALL, layout=base.layout)
     changes: dict[str, Any] = {}
     if layout is not None:
@@ -133,10 +147,11 @@ def _with(base: Switches, layout: str | None, merge: bool | int | None, cancel: 
         if merge < 0:
             raise ValueError(f"merge={merge}: the limit in bytes cannot be negative")
         changes["merge"] = MERGE_BYTES if merge is True else int(merge)
-    if cancel is not None:
-        if not isinstance(cancel, bool):
-            raise TypeError(f"cancel={cancel!r}: must be a bool")
-        changes["cancel"] = cancel
+    for name, flag in flags.items():
+        if flag is not None:
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name}={flag!r}: must be a bool")
+            changes[name] = flag
     return dataclasses.replace(base, **changes)
 
 
