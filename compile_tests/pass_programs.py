@@ -16,7 +16,7 @@ from torch import Tensor
 import fvops
 from fvops.debug import CollectiveRecord, record_collectives
 
-__all__ = ["CANCELLED", "KEPT", "MERGED", "PROGRAMS", "Issued", "compare_with_eager", "example", "issued"]
+__all__ = ["CANCELLED", "KEPT", "MERGED", "OVERLAPPED", "PROGRAMS", "Issued", "compare_with_eager", "example", "issued"]
 
 Program = Callable[[Tensor], Any]
 # (op, shapes of the tensors, arguments) of each collective, in order.
@@ -110,7 +110,62 @@ KEPT: dict[str, tuple[Program, int]] = {
     "an unread one": (lambda x: (_heads(x.sin()), _sequence(_heads(x)))[1], 1),
 }
 
+
+def _weight(x: Tensor) -> Tensor:
+    return torch.linspace(-1, 1, 5 * 5, dtype=x.dtype).view(5, 5)
+
+
+def _two_branches(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each branch's projection, and what reads neither exchange."""
+    a = _heads(x.sin()) @ _weight(x)
+    b = _heads(x.flip(1)) @ _weight(x)
+    return a + b, (x @ _weight(x)).cos()
+
+
+def _reused_memory(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Tensors of the size of what is sent, made while it is under way."""
+    y = _heads(x.sin())
+    z = x @ _weight(x)
+    for _ in range(3):
+        z = z.tanh() @ _weight(x)
+    return y.cos(), z
+
+
+def _written_in_place(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = x * 2
+    received = _heads(y)
+    z = x @ _weight(x)
+    y.add_(z)
+    return received.sin(), y @ _weight(x)
+
+
+def _reduced_meanwhile(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = _heads(x.cos())
+    z = fvops.get_sp_group().all_reduce(x @ _weight(x))
+    return y @ _weight(x), z + _sequence(x * 3).sum()
+
+
+def _views(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What is sent is a part of something, or has its dims permuted."""
+    y = _heads((x @ _weight(x))[:, 1:-1])
+    z = _sequence(x.transpose(1, 2))
+    return y @ _weight(x), z @ _weight(x)
+
+
+# name -> (program, how many exchanges of the forward are split under `overlap`)
+OVERLAPPED: dict[str, tuple[Program, int]] = {
+    "two branches": (_two_branches, 2),
+    "reused memory": (_reused_memory, 1),
+    "written in place": (_written_in_place, 1),
+    "reduced meanwhile": (_reduced_meanwhile, 2),
+    "views": (_views, 2),
+    "with a list": (lambda x: (_with_a_list(x), x @ _weight(x)), 2),
+    "one unread": (lambda x: (_one_unread(x), x @ _weight(x)), 1),
+    "nothing beside it": (lambda x: _sequence(_heads(x).sin()), 0),
+}
+
 PROGRAMS: dict[str, Program] = {
+    **{name: program for name, (program, _) in OVERLAPPED.items()},
     **{name: program for name, (program, _) in MERGED.items()},
     **CANCELLED,
     **{name: program for name, (program, _) in KEPT.items()},

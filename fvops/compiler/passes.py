@@ -29,21 +29,30 @@ def take_slots() -> None:
 
 
 def _on_joint_graph(graph: Graph) -> None:
-    if cache.switches_in_force().cancel:
+    switches = cache.switches_in_force()
+    if switches.cancel:
         from fvops.compiler.cancel import cancel_inverses
 
         cancel_inverses(graph)
+    if switches.dead:
+        from fvops.compiler.dead import elide_unread
+
+        elide_unread(graph)
 
 
 def _on_lowered_graph(graph: Graph) -> None:
-    from fvops.compiler import layout, merge
+    from fvops.compiler import dead, layout, merge, overlap
     from fvops.compiler.cancel import drop_elided
 
     switches = cache.switches_in_force()
+    if switches.dead:
+        dead.elide_unread(graph)
     drop_elided(graph)
     if switches.merge:
         merge.merge_exchanges(graph, switches.merge)
     layout.compute_layouts(graph, switches.layout)
+    if switches.overlap:  # last: what it puts between start and wait are the pack and the unpack, too
+        overlap.overlap_exchanges(graph, switches.overlap)
 
 
 class _Pass(CustomGraphPass):
