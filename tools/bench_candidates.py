@@ -19,12 +19,15 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
 
 from fvops.group_coordinator import GroupCoordinator
+from fvops.kernels.layout import heads_by_rank
 from fvops.torch_compat import all_gather_flat, reduce_scatter_flat
 
-__all__ = ["FLOOR", "candidates"]
+__all__ = ["FLOOR", "STRIDED_FLOOR", "candidates"]
 
 Call = Callable[[], Any]
 FLOOR = "plain copy"
+# What an exchange in one pass cannot beat: the copies that it makes, without other ranks.
+STRIDED_FLOOR = "its copies alone"
 # As Wan2.1 1.3B; with ranks that 12 does not divide by, as Wan2.1 14B.
 HEADS, MORE_HEADS, HEAD_SIZE = 12, 40, 128
 
@@ -42,6 +45,8 @@ def candidates(fvops: GroupCoordinator, gloo: GroupCoordinator, nbytes: int, dty
     rows = max(1, round(nbytes / row / P)) * P
     q, k, v = (torch.randn(1, rows, heads, HEAD_SIZE).to(dtype) for _ in range(3))
     flat, target = q.view(rows, -1), torch.empty_like(q)
+    parts = heads_by_rank(q, P)
+    parts_target = torch.empty(parts.shape, dtype=dtype)
     qkv, qkv_target = torch.cat([q, k, v]), torch.cat([q, k, v])
     pg = gloo.cpu_group
     exchanges: dict[str, Call] = {
@@ -52,6 +57,7 @@ def candidates(fvops: GroupCoordinator, gloo: GroupCoordinator, nbytes: int, dty
         **_diffusers(q, pg),
         "torch.distributed": lambda: packed_exchange(q, P, lambda x: _dist_all_to_all(x, pg)),
         "funcol": lambda: packed_exchange(q, P, lambda x: _funcol_all_to_all(x, pg)),
+        STRIDED_FLOOR: lambda: parts_target.copy_(parts),
         FLOOR: lambda: target.copy_(q),
     }
     together: dict[str, Call] = {

@@ -2,7 +2,8 @@
 
 Every round runs every candidate once, each after a barrier; a candidate's time in a round is that of its slowest rank.
 Shown are medians over the rounds and their ratios to fvops' median: above 1 is slower than fvops. The plain copy of the
-same bytes is the floor: nothing that delivers a tensor can be faster than writing it once.
+same bytes is the floor: nothing that delivers a tensor can be faster than writing it once. "its copies alone" are the
+strided copies of a one-pass exchange, without other ranks.
 
 ``--json FILE`` keeps everything, ``--plot FILE`` draws time over bytes (needs matplotlib).
 """
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tools.bench_candidates import FLOOR, candidates
+from tools.bench_candidates import FLOOR, STRIDED_FLOOR, candidates
 
 SIZES = {"64 KB": 1 << 16, "0.1 MB": 100_000, "1.6 MB": 1_600_000, "6.3 MB": 6_300_000, "25 MB": 25_000_000}
 LARGEST = {"100 MB": 100_000_000}
@@ -100,8 +101,10 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
     for panel, P in zip(panels[0], worlds, strict=True):
         of_world = sorted((row for row in exchanges if row["P"] == P), key=lambda row: row["bytes"])
         for name in of_world[0]["ms"]:
-            style = {"linestyle": "--", "color": "gray"} if name == FLOOR else {"marker": "o", "markersize": 4}
-            if name == "fvops":
+            style: dict[str, Any] = {"marker": "o", "markersize": 4}
+            if name in (FLOOR, STRIDED_FLOOR):
+                style = {"linestyle": "--" if name == FLOOR else ":", "color": "gray"}
+            elif name == "fvops":
                 style = {"marker": "o", "linewidth": 3, "color": "black"}
             panel.plot(
                 [row["bytes"] / 1e6 for row in of_world], [row["ms"][name] for row in of_world], label=name, **style
