@@ -160,8 +160,8 @@ OVERLAPPED: dict[str, tuple[Program, int]] = {
     "written in place": (_written_in_place, 1),
     "reduced meanwhile": (_reduced_meanwhile, 2),
     "views": (_views, 2),
-    "with a list": (lambda x: (_with_a_list(x), x @ _weight(x)), 2),
-    "one unread": (lambda x: (_one_unread(x), x @ _weight(x)), 1),
+    "a list, and a product": (lambda x: (_with_a_list(x), x @ _weight(x)), 2),
+    "an unread one, and a product": (lambda x: (_one_unread(x), x @ _weight(x)), 1),
     "nothing beside it": (lambda x: _sequence(_heads(x).sin()), 0),
 }
 
