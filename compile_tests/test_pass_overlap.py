@@ -157,6 +157,21 @@ def _sequence_of_eager_calls() -> tuple[list[str], list[Any]]:
     return [record.op for record in records], [bool((y == want).all()) for y in (early, late)] + [total.sum().item()]
 
 
+def _start_in_inference_mode(rows: int) -> bool:
+    group = fvops.get_sp_group()
+    with torch.inference_mode():
+        arguments = [torch.rand(1, rows, 4, 64)], 2, 1, "single", group.world_size, group.unique_name
+        ticket = torch.ops.fvops.all_to_all_4D_start(*arguments)
+        (received,) = torch.ops.fvops.all_to_all_4D_wait(ticket, *arguments)
+        return torch.equal(received, group.all_to_all_4D(arguments[0][0], 2, 1)) and received.is_inference()
+
+
+@pytest.mark.parametrize("rows", [4, 4096])  # through the channels, and into the pool
+def test_the_caller_s_inference_mode(two_ranks: Ranks, rows: int) -> None:
+    """The thread that carries an exchange out has modes of its own."""
+    assert two_ranks.run(_start_in_inference_mode, rows) == [True, True]
+
+
 def test_calls_meanwhile_keep_their_order(two_ranks: Ranks) -> None:
     results = two_ranks.run(_sequence_of_eager_calls)
     assert results[0] == results[1]

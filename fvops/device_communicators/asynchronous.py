@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fvops import checks
@@ -111,12 +112,15 @@ class Worker:
         communicator = self._communicator
         communicator.refuse_if_broken(op)
         noted = communicator._announce(op, tensors, arguments)
+        inference = torch.is_inference_mode_enabled()
 
         def carry_out() -> None:
             if communicator.failure:  # of an exchange before this one
                 journal.finish(noted, True)
                 communicator.refuse_if_broken(op)
-            communicator._carry_out(noted, call, args)
+            # Modes belong to a thread. What is filled here was made in the caller's, which no gradient passes through.
+            with torch.inference_mode(inference), torch.no_grad():
+                communicator._carry_out(noted, call, args)
 
         if self._thread is None:
             name = f"fvops exchanges of {communicator.unique_name}"
