@@ -60,9 +60,9 @@ def overlap_exchanges(graph: Graph, limit: int) -> int:
         if any(map(_computes, order[place[call] + 1 : place[result]]))
     ]
     if split:
-        end = next(reversed(graph.nodes))
-        for node in order[:-1]:
-            end.prepend(node)
+        *others, output = order
+        for node in others:
+            output.prepend(node)
         for call, result in split:
             _split(call, result)
     return len(split)
