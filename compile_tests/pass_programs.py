@@ -16,7 +16,18 @@ from torch import Tensor
 import fvops
 from fvops.debug import CollectiveRecord, record_collectives
 
-__all__ = ["ABSORBED", "CANCELLED", "KEPT", "MERGED", "PROGRAMS", "Issued", "compare_with_eager", "example", "issued"]
+__all__ = [
+    "ABSORBED",
+    "CANCELLED",
+    "KEPT",
+    "MERGED",
+    "OVERLAPPED",
+    "PROGRAMS",
+    "Issued",
+    "compare_with_eager",
+    "example",
+    "issued",
+]
 
 Program = Callable[[Tensor], Any]
 # (op, shapes of the tensors, arguments) of each collective, in order.
@@ -113,6 +124,60 @@ KEPT: dict[str, tuple[Program, int]] = {
 }
 
 
+def _matrix(x: Tensor) -> Tensor:
+    return torch.linspace(-1, 1, 5 * 5, dtype=x.dtype).view(5, 5)
+
+
+def _two_branches(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each branch's projection, and what reads neither exchange."""
+    a = _heads(x.sin()) @ _matrix(x)
+    b = _heads(x.flip(1)) @ _matrix(x)
+    return a + b, (x @ _matrix(x)).cos()
+
+
+def _reused_memory(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Tensors of the size of what is sent, made while it is under way."""
+    y = _heads(x.sin())
+    z = x @ _matrix(x)
+    for _ in range(3):
+        z = z.tanh() @ _matrix(x)
+    return y.cos(), z
+
+
+def _written_in_place(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = x * 2
+    received = _heads(y)
+    z = x @ _matrix(x)
+    y.add_(z)
+    return received.sin(), y @ _matrix(x)
+
+
+def _reduced_meanwhile(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = _heads(x.cos())
+    z = fvops.get_sp_group().all_reduce(x @ _matrix(x))
+    return y @ _matrix(x), z + _sequence(x * 3).sum()
+
+
+def _views(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What is sent is a part of something, or has its dims permuted."""
+    y = _heads((x @ _matrix(x))[:, 1:-1])
+    z = _sequence(x.transpose(1, 2))
+    return y @ _matrix(x), z @ _matrix(x)
+
+
+# name -> (program, how many exchanges of the forward are split under `overlap`)
+OVERLAPPED: dict[str, tuple[Program, int]] = {
+    "two branches": (_two_branches, 2),
+    "reused memory": (_reused_memory, 1),
+    "written in place": (_written_in_place, 1),
+    "reduced meanwhile": (_reduced_meanwhile, 2),
+    "views": (_views, 2),
+    "a list, and a product": (lambda x: (_with_a_list(x), x @ _matrix(x)), 2),
+    "an unread one, and a product": (lambda x: (_one_unread(x), x @ _matrix(x)), 1),
+    "nothing beside it": (lambda x: _sequence(_heads(x).sin()), 0),
+}
+
+
 def _weight(x: Tensor, rows: int, columns: int) -> Tensor:
     """A matrix that depends on x, so that its gradient is looked at."""
     return (torch.arange(rows * columns, dtype=x.dtype).view(rows, columns) * x.mean()).sin() / rows
@@ -160,6 +225,7 @@ ABSORBED: dict[str, tuple[Program, int, int]] = {
 }
 
 PROGRAMS: dict[str, Program] = {
+    **{name: program for name, (program, _) in OVERLAPPED.items()},
     **{name: program for name, (program, _, _) in ABSORBED.items()},
     **{name: program for name, (program, _) in MERGED.items()},
     **CANCELLED,

@@ -4,8 +4,8 @@ A program is a list of steps; each takes values from a pool of 4D tensors and ma
 that every program is valid on every rank. All Python numbers are drawn beforehand: under ``dynamic=True`` a float in a
 closure that is used to index is a Dynamo bug of its own.
 
-Programs for the compiler passes have more of what these look for. For `cancel` they have no steps in which one rank
-computes what another does not: that pass is for programs without (docs/compiler.md).
+Programs for the compiler passes have more of what these look for. For `cancel` and `dead` they have no steps in which
+one rank computes what another does not: these passes are for programs without (docs/compiler.md).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import fvops
 from fvops.debug import CollectiveRecord, record_collectives
 from tests.harness import init_fvops
 
-__all__ = ["FOR_CANCEL", "FOR_MERGE", "KINDS", "Step", "first_value", "programs", "run", "run_steps", "start"]
+__all__ = ["FOR_ALIKE", "FOR_ANY", "KINDS", "Step", "first_value", "programs", "run", "run_steps", "start"]
 
 Step = tuple[Any, ...]
 _LARGEST = 4096  # elements
@@ -45,9 +45,9 @@ COLLECTIVES = (
 )
 LOCAL = ("sin", "transpose", "slice", "mutate", "rank_branch", "add")
 KINDS = COLLECTIVES + LOCAL
-# Three exchanges that are ready together; an exchange and its inverse.
-FOR_MERGE = (*KINDS, *("three", "all_to_all_4D") * 3, *("round_trip",) * 2)
-FOR_CANCEL = tuple(kind for kind in (*FOR_MERGE, *("round_trip",) * 3) if kind not in ("rank_branch", "gather"))
+# Three exchanges that are ready together; an exchange and its inverse; a projection; results that nobody reads.
+FOR_ANY = (*KINDS, *("three", "all_to_all_4D", "project") * 3, *("round_trip", "unread") * 2)
+FOR_ALIKE = tuple(kind for kind in (*FOR_ANY, *("round_trip",) * 3) if kind not in ("rank_branch", "gather"))
 
 
 def start(world_size: int) -> tuple[int, ...]:
@@ -86,7 +86,7 @@ def _draw_step(draw: st.DrawFn, kind: str, index: int, group: str, shape: tuple[
     if kind in ("reduce_scatter", "shard"):
         dims = [dim for dim in range(4) if shape[dim] % P == 0]
         return (*head, draw(st.sampled_from(dims))) if dims else None
-    if kind in ("all_to_all_4D", "coalesced", "three", "round_trip"):
+    if kind in ("all_to_all_4D", "coalesced", "three", "round_trip", "unread"):
         pairs = [pair for pair in ((2, 1), (1, 2)) if shape[pair[0]] % P == 0]
         return (*head, *draw(st.sampled_from(pairs))) if pairs else None
     if kind == "all_to_all_single":
@@ -105,7 +105,7 @@ def _draw_step(draw: st.DrawFn, kind: str, index: int, group: str, shape: tuple[
 
 def _result_shape(step: Step, shape: tuple[int, ...], P: int) -> tuple[int, ...] | None:
     kind, new = step[0], list(shape)
-    if kind == "barrier":
+    if kind in ("barrier", "unread"):
         return None
     if kind == "all_gather":
         new[step[3]] *= P
@@ -178,6 +178,9 @@ def _run_step(group: fvops.GroupCoordinator, step: Step, x: Tensor) -> Tensor | 
     if kind == "coalesced":  # one result that nobody reads
         first, _, third = group.all_to_all_4D_coalesced([x, x * 2, x[..., :1]], step[3], step[4])
         return first + third
+    if kind == "unread":
+        group.all_gather(group.all_to_all_4D(x.cos(), step[3], step[4]))
+        return None
     if kind == "all_to_all_single":
         return group.all_to_all_single(x)
     if kind == "splits":
@@ -216,6 +219,8 @@ def _run_local(kind: str, step: Step, x: Tensor, place: int) -> Tensor:
         y = x + 1
         y[:, :1].mul_(0.5)
         return y
+    if kind == "project":  # a kernel of its own
+        return x @ torch.linspace(-1, 1, x.shape[3] ** 2, dtype=x.dtype).view(x.shape[3], -1)
     if kind == "rank_branch":
         return x.cos() if place == step[3] else x.sigmoid()
     return x + x.flip(1)

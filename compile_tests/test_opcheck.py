@@ -89,14 +89,16 @@ def test_every_op_that_communicates_is_ordered() -> None:
     ordered = {op._opname for op in compiler.ordered_ops}
     assert ordered == {
         "all_reduce", "all_gather", "reduce_scatter", "all_to_all_4D", "all_to_all_4D_coalesced", "all_to_all_single",
-        "all_to_all_4D_packed", "broadcast", "elided", "reduce", "gather", "send", "recv", "barrier",
+        "all_to_all_4D_packed", "all_to_all_4D_start", "broadcast", "elided", "reduce", "gather", "send", "recv",
+        "barrier",
     }  # fmt: skip
     assert all(_get_effect(op) == _EffectType.ORDERED for op in compiler.ordered_ops)
     assert _get_effect(OPS.shard.default) is None
+    assert _get_effect(OPS.all_to_all_4D_wait.default) is None
 
 
 def test_every_schema_names_its_group_and_world() -> None:
-    for op in [*compiler.ordered_ops, OPS.shard.default]:
+    for op in [*compiler.ordered_ops, OPS.shard.default, OPS.all_to_all_4D_wait.default]:
         arguments = {argument.name: str(argument.type) for argument in op._schema.arguments}
         assert arguments["world_size"] == "int"
         assert arguments["group_name"] == "str"

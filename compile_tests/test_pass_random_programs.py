@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,22 +15,26 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import fvops
-from compile_tests.random_programs import FOR_CANCEL, FOR_MERGE, Step, first_value, programs, run, run_steps
-from compile_tests.test_random_programs import SETTINGS, VARIANTS
+from compile_tests.random_programs import FOR_ALIKE, FOR_ANY, Step, first_value, programs, run, run_steps
+from compile_tests.test_random_programs import QUICK_VARIANTS, SETTINGS, VARIANTS
 from fvops.debug import CollectiveRecord
+from fvops.device_communicators.base_device_communicator import DeviceCommunicatorBase
 from tests.harness import Ranks
 
 # A group, an op and one tensor's shape, with the op's arguments: exchanges of several tensors are taken apart.
 Sent = tuple[str, str, tuple[int, ...], tuple[Any, ...]]
 
+# Every combination, the fullest first.
 PASSES: list[dict[str, Any]] = [
-    {"merge": True},
-    {"merge": True, "cancel": True},
-    {"layout": "fused", "merge": True, "cancel": True},
-    {"cancel": True},
-    {"layout": "fused"},
-    {"layout": "fused", "merge": 2048},
+    {"layout": layout, "merge": merge, "cancel": cancel, "overlap": overlap, "dead": dead}
+    for layout, merge, cancel, overlap, dead in product(
+        ("fused", "auto"), (True, 2048, False), (True, False), (True, 4096, False), (True, False)
+    )
 ]
+# Added to each program whose ranks do the same: something for `cancel` and `dead` to do.
+ALWAYS: list[Step] = [("round_trip", 0, "sp", 2, 1), ("unread", 0, "tp", 2, 1), ("project", 0, "sp")]
+# What `cancel` and `dead` may drop.
+DROPPED = {"cancel": {"all_to_all_4D"}, "dead": {"all_to_all_4D", "all_gather"}}
 
 
 def _taken_apart(records: list[CollectiveRecord]) -> list[Sent]:
@@ -49,6 +56,23 @@ def _missing(eager: list[Sent], compiled: list[Sent]) -> list[Sent] | None:
     return None if rest else missing
 
 
+@contextmanager
+def _counting_starts() -> Iterator[list[str]]:
+    """The forms of the exchanges that are started and waited for later."""
+    starts: list[str] = []
+    plain = DeviceCommunicatorBase.start_all_to_all_4D
+
+    def start(self: Any, inputs: Any, scatter_dim: int, gather_dim: int, form: str) -> Any:
+        starts.append(form)
+        return plain(self, inputs, scatter_dim, gather_dim, form)
+
+    DeviceCommunicatorBase.start_all_to_all_4D = start  # type: ignore[method-assign]
+    try:
+        yield starts
+    finally:
+        DeviceCommunicatorBase.start_all_to_all_4D = plain  # type: ignore[method-assign]
+
+
 def _both_ways(steps: list[Step], passes: dict[str, Any], variant: dict[str, Any], train: bool) -> dict[str, Any]:
     """What differs from eager, how many tensors were sent, in how many calls, and the calls themselves."""
     x = first_value()
@@ -57,33 +81,47 @@ def _both_ways(steps: list[Step], passes: dict[str, Any], variant: dict[str, Any
         return run_steps(steps, x)[1:]
 
     expected, records = run(program, x, train)
-    with fvops.compiler.enable(**passes):
+    with fvops.compiler.enable(**passes), _counting_starts() as starts:
         got, compiled_records = run(torch.compile(program, fullgraph=True, **variant), x, train)
     eager, compiled = _taken_apart(records), _taken_apart(compiled_records)
     missing = _missing(eager, compiled)
     found = {"difference": "", "calls": [(record.group, record.op) for record in compiled_records]}
-    found["counts"] = {"eager": len(records), "compiled": len(compiled_records), "cancelled": len(missing or ())}
-    if missing is None or (missing and "cancel" not in passes):
+    found["counts"] = {"eager": len(records), "compiled": len(compiled_records), "dropped": len(missing or ())}
+    found["counts"]["split"] = len(starts)
+    if starts and not passes["overlap"]:
+        found["difference"] = f"{len(starts)} exchanges were split"
+    may_go = {op for name, ops in DROPPED.items() if passes[name] for op in ops}
+    if missing is None:
         found["difference"] = f"eager sent {eager}, compiled sent {compiled}"
-    elif any(op != "all_to_all_4D" for _, op, _, _ in missing):
-        found["difference"] = f"cancelled {missing}"
+    elif not {op for _, op, _, _ in missing} <= may_go:
+        found["difference"] = f"dropped {missing}"
     for index, (e, g) in enumerate(zip(expected, got, strict=True)):
         if not torch.allclose(e, g, rtol=1e-9, atol=1e-9, equal_nan=True):
             found["difference"] += f" value {index} differs by {(e - g).abs().max()}"
     return found
 
 
-def _check(world_size: int, train: bool, count: int, length: int, cancel: bool) -> None:
+def _check(
+    world_size: int,
+    train: bool,
+    count: int,
+    length: int,
+    alike: bool,
+    variants: list[dict[str, Any]] = VARIANTS,
+    first: int = 0,
+) -> None:
+    """`count` programs, the combinations of passes in turn; `alike`: those for programs whose ranks do the same."""
     drawn = Counter[str]()
-    chosen = [passes for passes in PASSES if ("cancel" in passes) == cancel]
-    variants = [variant for variant in VARIANTS if variant.get("backend") != "aot_eager"]  # the passes are Inductor's
+    chosen = [passes for passes in PASSES if (passes["cancel"] or passes["dead"]) == alike]
+    variants = [variant for variant in variants if variant.get("backend") != "aot_eager"]  # the passes are Inductor's
 
     @settings(SETTINGS, max_examples=count)
-    @given(steps=programs(world_size, length, FOR_CANCEL if cancel else FOR_MERGE))
+    @given(steps=programs(world_size, length, FOR_ALIKE if alike else FOR_ANY))
     def check(steps: list[Step]) -> None:
-        number = drawn["programs"]
+        number = first + drawn["programs"]
         drawn["programs"] += 1
         passes, variant = chosen[number % len(chosen)], variants[number % len(variants)]
+        steps = [*steps, *ALWAYS] if alike else steps
         results = Ranks.get(world_size).run(_both_ways, steps, passes, variant, train, deadline_s=400)
         differences = {rank: result["difference"] for rank, result in enumerate(results) if result["difference"]}
         assert not differences, f"{steps} with {passes} compiled with {variant}: {differences}"
@@ -93,20 +131,22 @@ def _check(world_size: int, train: bool, count: int, length: int, cancel: bool) 
     check()
     # So that a change to the drawing cannot quietly leave the passes nothing to do.
     assert drawn["programs"] >= count
+    assert drawn["split"] > 0
     assert drawn["compiled"] < drawn["eager"]
-    if cancel:
-        assert drawn["cancelled"] > 0
+    if alike:
+        assert drawn["dropped"] > 0
 
 
 @pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True], ids=["inference", "training"])
 def test_random_programs_with_passes(train: bool) -> None:
-    _check(2, train, 2, length=7, cancel=True)  # with merge and fused layout in turn
+    _check(2, train, 2, length=7, alike=True, variants=QUICK_VARIANTS[1:])  # with everything on
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cancel", [False, True], ids=["merge", "cancel"])
+@pytest.mark.parametrize("alike", [False, True], ids=["any", "alike"])
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_many_random_programs_with_passes(world_size: int, train: bool, cancel: bool) -> None:
+def test_many_random_programs_with_passes(world_size: int, train: bool, alike: bool) -> None:
     count = int(os.environ.get("FVOPS_RANDOM_PROGRAMS", "200")) // 12 + 1
-    _check(world_size, train, count, length=10, cancel=cancel)
+    # Each run goes on in the combinations where the one before it ended.
+    _check(world_size, train, count, length=10, alike=alike, first=count * (2 * (world_size - 2) + train))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -18,6 +19,8 @@ from fvops.debug import canonical, record_collectives
 from tests.harness import Ranks
 
 DEFAULT = switches.Switches()
+# Not `dead`: that is for those who ask for it.
+ALL_ON = switches.Switches("auto", switches.MERGE_BYTES, True, switches.OVERLAP_BYTES, False, True)
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +30,12 @@ def _as_it_was() -> Any:
 
 
 def test_enable_alone_is_everything_and_disable_the_default() -> None:
-    assert switches.chosen() == DEFAULT == switches.Switches("auto", 0, False, False)
+    assert switches.chosen() == DEFAULT == switches.Switches("auto", 0, False, 0, False, False)
     fvops.compiler.enable()
-    assert switches.chosen() == switches.Switches("auto", switches.MERGE_BYTES, True, True)
+    assert switches.chosen() == ALL_ON
+    fvops.compiler.enable(dead=True)
+    fvops.compiler.enable()
+    assert switches.chosen() == dataclasses.replace(ALL_ON, dead=True)  # asked for by name, and kept
     fvops.compiler.disable()
     assert switches.chosen() == DEFAULT
 
@@ -40,6 +46,8 @@ def test_what_is_named_is_changed_and_nothing_else() -> None:
     assert switches.chosen() == switches.Switches("fused", 1 << 20, True)
     fvops.compiler.enable(merge=False)
     assert switches.chosen() == switches.Switches("fused", 0, True)
+    fvops.compiler.enable(overlap=True)
+    assert switches.chosen() == switches.Switches("fused", 0, True, switches.OVERLAP_BYTES)
     fvops.compiler.enable()
     assert switches.chosen().layout == "fused"
 
@@ -50,7 +58,7 @@ def test_a_block_puts_back_what_was_set() -> None:
         with fvops.compiler.enable(merge=True):
             assert switches.chosen() == switches.Switches("auto", switches.MERGE_BYTES, True)
         with fvops.compiler.enable(absorb=True):
-            assert switches.chosen() == switches.Switches("auto", 7, True, True)
+            assert switches.chosen() == switches.Switches("auto", 7, True, absorb=True)
         assert switches.chosen() == switches.Switches("auto", 7, True)
     assert switches.chosen() == switches.Switches("auto", 7, False)
     with pytest.raises(KeyError), fvops.compiler.enable():
@@ -58,7 +66,7 @@ def test_a_block_puts_back_what_was_set() -> None:
     assert switches.chosen() == switches.Switches("auto", 7, False)
 
 
-@pytest.mark.parametrize("value", [DEFAULT, switches.Switches("fused", 12345, True), switches.Switches(absorb=True)])
+@pytest.mark.parametrize("value", [DEFAULT, ALL_ON, switches.Switches("fused", 12345, True, 54321, True, True)])
 def test_switches_are_read_back_from_their_text(value: switches.Switches) -> None:
     assert switches.Switches.parse(value.text) == value
 
@@ -70,6 +78,9 @@ def test_switches_are_read_back_from_their_text(value: switches.Switches) -> Non
         ({"merge": -1}, ValueError, "merge=-1: the limit in bytes cannot be negative"),
         ({"merge": "all"}, TypeError, "merge='all': must be a bool or a number of bytes"),
         ({"cancel": 1}, TypeError, "cancel=1: must be a bool"),
+        ({"overlap": -1}, ValueError, "overlap=-1: the limit in bytes cannot be negative"),
+        ({"overlap": "all"}, TypeError, "overlap='all': must be a bool or a number of bytes"),
+        ({"dead": 1}, TypeError, "dead=1: must be a bool"),
         ({"absorb": "no"}, TypeError, "absorb='no': must be a bool"),
     ],
 )
@@ -98,7 +109,12 @@ def _compiled(how: str, train: bool = False) -> tuple[list[str], int, int]:
     counters.clear()
     torch._dynamo.reset()
     x = torch.rand(1, 4, 4, 2, requires_grad=train)
-    options = fvops.compiler.options(merge=True) if how == "options" else None
+    named: dict[str, dict[str, Any]] = {
+        "options": {"merge": True},
+        "overlap": {"overlap": True},
+        "dead": {"dead": True},
+    }
+    options = fvops.compiler.options(**named[how]) if how in named else None
     function = torch.compile(_pair, fullgraph=True, options=options)
     with record_collectives() as records:
         if how == "block":
@@ -124,7 +140,7 @@ def _in_turn(ways: list[str]) -> list[tuple[list[str], int, int]]:
 
 def test_no_switch_is_served_what_another_compiled(tmp_path: Path) -> None:
     """One folder: each way for the first time, then each again in new processes, which find what there is."""
-    expected = {"plain": PLAIN, "options": MERGED, "block": ALL}
+    expected = {"plain": PLAIN, "options": MERGED, "block": ALL, "overlap": PLAIN, "dead": PLAIN}
     for hits, misses in ((0, 1), (1, 0)):
         for rank in Ranks.get(2).run(_in_turn, list(expected), cache=str(tmp_path), deadline_s=300):
             for how, (issued, *found) in zip(expected, rank, strict=True):

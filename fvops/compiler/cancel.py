@@ -30,7 +30,7 @@ from fvops.compiler.token_chain import (
     token_before,
 )
 
-__all__ = ["cancel_inverses", "drop_elided"]
+__all__ = ["cancel_inverses", "drop_elided", "elide"]
 
 aten = torch.ops.aten
 # Change no element, whatever the strides.
@@ -69,7 +69,7 @@ def cancel_inverses(graph: Graph) -> int:
             sent = arguments_of(node)[0]
             if images.get(sent) == _Image((*reversed(dims), *world), _IDENTITY):
                 received.replace_all_uses_with(_before_exchange(sent, images, sources, received))
-                _elide(node)
+                _drop(node)
                 dropped += 1
             else:
                 images[received] = _Image((*dims, *world), _IDENTITY)
@@ -152,9 +152,13 @@ def _before_exchange(node: Node, images: dict[Node, _Image], sources: dict[Node,
     return result
 
 
-def _elide(call: Node) -> None:
-    """Put `fvops::elided` into the place of `call`, whose result is unread."""
+def _drop(call: Node) -> None:
     note("cancel", "all_to_all_4D, undone by its inverse or the inverse itself, dropped", call)
+    elide(call)
+
+
+def elide(call: Node) -> None:
+    """Put `fvops::elided` into the place of `call`, whose result is unread: AOTAutograd counts the chains."""
     _, token, result = insert(call, token_before(call), torch.ops.fvops.elided.default, arguments_of(call)[-2:], call)
     call.graph.erase_node(result)
     remove(call, token)
@@ -167,7 +171,7 @@ def _drop_unread(images: dict[Node, _Image], sources: dict[Node, Node]) -> int:
         if image.users:
             continue
         if image in sources:
-            _elide(image.all_input_nodes[0])
+            _drop(image.all_input_nodes[0])
             dropped += 1
         else:
             image.graph.erase_node(image)

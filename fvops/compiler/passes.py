@@ -34,6 +34,10 @@ def _on_joint_graph(graph: Graph) -> None:
         from fvops.compiler.cancel import cancel_inverses
 
         cancel_inverses(graph)
+    if switches.dead:
+        from fvops.compiler.dead import elide_unread
+
+        elide_unread(graph)
     if switches.absorb:
         from fvops.compiler.absorb import read_slices
 
@@ -41,10 +45,12 @@ def _on_joint_graph(graph: Graph) -> None:
 
 
 def _on_lowered_graph(graph: Graph) -> None:
-    from fvops.compiler import absorb, layout, merge
+    from fvops.compiler import absorb, dead, layout, merge, overlap
     from fvops.compiler.cancel import drop_elided
 
     switches = cache.switches_in_force()
+    if switches.dead:
+        dead.elide_unread(graph)
     drop_elided(graph)
     # Before merge: an exchange that absorb has opened up merges with others only if they are, too.
     layout.compute_layouts(graph, switches.layout)
@@ -52,6 +58,8 @@ def _on_lowered_graph(graph: Graph) -> None:
         absorb.write_packed(graph)
     if switches.merge:
         merge.merge_exchanges(graph, switches.merge)
+    if switches.overlap:  # after these: what it puts between start and wait are the pack and the unpack, too
+        overlap.overlap_exchanges(graph, switches.overlap)
     if switches.absorb:
         absorb.add_in_place(graph)
 

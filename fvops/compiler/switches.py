@@ -11,10 +11,13 @@ import sys
 from types import TracebackType
 from typing import Any
 
-__all__ = ["MERGE_BYTES", "Enabled", "Switches", "chosen", "disable", "enable", "options"]
+__all__ = ["MERGE_BYTES", "OVERLAP_BYTES", "Enabled", "Switches", "chosen", "disable", "enable", "options"]
 
 # What `merge=True` stands for: q, k and v of every model that we know of (547 MB a rank is the largest) stay together.
 MERGE_BYTES = 1 << 30
+
+# What `overlap=True` stands for: two exchanges of q, k and v of a 14B model at 480p are under way together.
+OVERLAP_BYTES = 1 << 30
 
 _LAYOUTS = ("auto", "fused", "exchange")
 
@@ -29,12 +32,17 @@ class Switches:
             "exchange" on CPU, whose transport writes strided slices straight into the peers' results, else "fused".
         merge: largest input, in bytes, that exchanges may be merged into; 0: no merging.
         cancel: drop exchanges that are undone by their inverse.
+        overlap: how many bytes exchanges under way, and what is computed ahead of its turn meanwhile, may hold; 0:
+            every exchange is waited for where it is issued.
+        dead: drop exchanges whose result nobody reads.
         absorb: matrix products read received parts and write packed buffers, where exchanges are opened up.
     """
 
     layout: str = "auto"
     merge: int = 0
     cancel: bool = False
+    overlap: int = 0
+    dead: bool = False
     absorb: bool = False
 
     @property
@@ -46,12 +54,13 @@ class Switches:
     def parse(cls, text: str) -> Switches:
         """The switches that `text` stands for."""
         values = dict(item.split("=") for item in text.split(","))
-        cancel, absorb = (bool(int(values[name])) for name in ("cancel", "absorb"))
-        return cls(values["layout"], int(values["merge"]), cancel, absorb)
+        flags = {name: bool(int(values[name])) for name in ("cancel", "dead", "absorb")}
+        return cls(values["layout"], merge=int(values["merge"]), overlap=int(values["overlap"]), **flags)
 
 
 _DEFAULT = Switches()
-_ALL = Switches(merge=MERGE_BYTES, cancel=True, absorb=True)
+# But for `dead`, which is for those who ask for it by name.
+_ALL = Switches(merge=MERGE_BYTES, cancel=True, overlap=OVERLAP_BYTES, absorb=True)
 _chosen = _DEFAULT
 
 
@@ -88,26 +97,31 @@ def enable(
     layout: str | None = None,
     merge: bool | int | None = None,
     cancel: bool | None = None,
+    overlap: bool | int | None = None,
+    dead: bool | None = None,
     absorb: bool | None = None,
 ) -> Enabled:
     """Switch passes on for what this process compiles from now on, or inside a ``with`` block.
 
-    Without arguments all of them; with arguments those that are named, the others stay as they are. A function that is
-    compiled already stays as it was compiled. Call it alike on every rank: `merge` and `cancel` change the sequence of
-    collectives, and every rank must run the same one. See docs/compiler.md for what each pass promises.
+    Without arguments all of them but `dead`; with arguments those that are named, the others stay as they are. A
+    function that is compiled already stays as it was compiled. Call it alike on every rank: `merge`, `cancel` and
+    `dead` change the sequence of collectives, and every rank must run the same one. See docs/compiler.md for what
+    each pass promises.
 
     Args:
         layout: "auto", "fused" or "exchange" (`Switches.layout`).
         merge: True for exchanges of up to `MERGE_BYTES`, or a limit in bytes; False or 0 switches merging off.
         cancel: drop exchanges that are undone by their inverse.
+        overlap: True for `OVERLAP_BYTES`, or a number of bytes (`Switches.overlap`); False or 0 switches it off.
+        dead: drop exchanges whose result nobody reads.
         absorb: let matrix products read received parts and write packed buffers; it sums in another order.
 
     Raises:
-        ValueError: `layout` is none of the three, or `merge` is negative.
-        TypeError: `merge` is neither bool nor int, or `cancel` or `absorb` not a bool.
+        ValueError: `layout` is none of the three, or `merge` or `overlap` is negative.
+        TypeError: `merge` or `overlap` is neither bool nor int, or `cancel`, `dead` or `absorb` not a bool.
     """
     before = _chosen
-    _choose(_with(before, layout, merge, cancel=cancel, absorb=absorb))
+    _choose(_with(before, layout=layout, merge=merge, cancel=cancel, overlap=overlap, dead=dead, absorb=absorb))
     return Enabled(before)
 
 
@@ -121,6 +135,8 @@ def options(
     layout: str | None = None,
     merge: bool | int | None = None,
     cancel: bool | None = None,
+    overlap: bool | int | None = None,
+    dead: bool | None = None,
     absorb: bool | None = None,
 ) -> dict[str, Any]:
     """The same switches for one function: ``torch.compile(f, options=fvops.compiler.options())``.
@@ -130,29 +146,37 @@ def options(
     """
     from fvops.compiler import cache
 
-    return cache.pinned(_with(_chosen, layout, merge, cancel=cancel, absorb=absorb))
+    return cache.pinned(
+        _with(_chosen, layout=layout, merge=merge, cancel=cancel, overlap=overlap, dead=dead, absorb=absorb)
+    )
 
 
-def _with(base: Switches, layout: str | None, merge: bool | int | None, **flags: bool | None) -> Switches:
-    if layout is None and merge is None and all(flag is None for flag in flags.values()):
-        return dataclasses.replace(_ALL, layout=base.layout)
-    changes: dict[str, Any] = {}
-    if layout is not None:
-        if layout not in _LAYOUTS:
-            raise ValueError(f"layout={layout!r}: must be one of {', '.join(map(repr, _LAYOUTS))}")
-        changes["layout"] = layout
-    if merge is not None:
-        if not isinstance(merge, int):
-            raise TypeError(f"merge={merge!r}: must be a bool or a number of bytes")
-        if merge < 0:
-            raise ValueError(f"merge={merge}: the limit in bytes cannot be negative")
-        changes["merge"] = MERGE_BYTES if merge is True else int(merge)
-    for name, flag in flags.items():
-        if flag is not None:
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name}={flag!r}: must be a bool")
-            changes[name] = flag
+def _with(base: Switches, **named: Any) -> Switches:
+    """`base` with the switches that are not None set as they say; with none of them, everything on."""
+    changes = {name: value for name, value in named.items() if value is not None}
+    if not changes:
+        return dataclasses.replace(_ALL, layout=base.layout, dead=base.dead)
+    for name, value in changes.items():
+        if name == "layout":
+            if value not in _LAYOUTS:
+                raise ValueError(f"layout={value!r}: must be one of {', '.join(map(repr, _LAYOUTS))}")
+        elif name in _LIMITS:
+            changes[name] = _limit(name, value)
+        elif not isinstance(value, bool):
+            raise TypeError(f"{name}={value!r}: must be a bool")
     return dataclasses.replace(base, **changes)
+
+
+# What True stands for, of the switches that are a number of bytes.
+_LIMITS = {"merge": MERGE_BYTES, "overlap": OVERLAP_BYTES}
+
+
+def _limit(name: str, value: Any) -> int:
+    if not isinstance(value, int):
+        raise TypeError(f"{name}={value!r}: must be a bool or a number of bytes")
+    if value < 0:
+        raise ValueError(f"{name}={value}: the limit in bytes cannot be negative")
+    return _LIMITS[name] if value is True else int(value)
 
 
 def _choose(switches: Switches) -> None:

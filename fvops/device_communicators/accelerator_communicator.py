@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from fvops import checks, envs
 from fvops.agreement import fresh_number
+from fvops.device_communicators.asynchronous import Later, SideStream
 from fvops.device_communicators.base_device_communicator import DeviceCommunicatorBase
 from fvops.device_communicators.flat_transport import FlatTransport
 from fvops.device_communicators.lanes import Lanes
@@ -77,6 +78,9 @@ class AcceleratorCommunicator(DeviceCommunicatorBase):
                     f"{comm.why_disabled}"
                 )
         return super()._make_transport()
+
+    def _make_later(self) -> Later:
+        return SideStream(self, self._streams) if self._streams.asynchronous else super()._make_later()
 
     def _pair(self, ends: StatelessProcessGroup, name: str) -> LibraryCommunicator:
         return self.LIBRARY(ends, self.device, **self._options(name))

@@ -17,6 +17,8 @@ from fvops import checks, envs
 from fvops.debug import check as debug_check
 from fvops.debug import journal
 from fvops.debug.calls import Call, Member, observe, observers
+from fvops.device_communicators import exchanges_4D
+from fvops.device_communicators.asynchronous import AtOnce, Later, Started, Worker
 from fvops.device_communicators.flat_transport import RefusedError
 from fvops.device_communicators.process_group_transport import ProcessGroupTransport
 from fvops.device_communicators.roll_call import RollCall
@@ -72,6 +74,7 @@ class DeviceCommunicatorBase:
         self.global_world_size = dist.get_world_size()
         self.transport = self._make_transport()
         self._issued: dict[str, int] = {}
+        self._later: Later | None = None
         self.live(0)
 
     def live(self, number: int) -> None:
@@ -84,7 +87,7 @@ class DeviceCommunicatorBase:
         op = reduce_op_name(op)
         if _needs_grad(input_):
             return DistributedAutograd.AllReduce.apply(self, input_, op)
-        self._check("all_reduce", input_)
+        self.check("all_reduce", input_)
         checks.check_reduce_op("all_reduce", self.unique_name, op, input_.dtype)
         output = self.transport.like(input_)
         self._issue("all_reduce", input_, {"op": op}, self.transport.all_reduce, output, input_, op)
@@ -93,7 +96,7 @@ class DeviceCommunicatorBase:
     def reduce(self, input_: Tensor, dst: int, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """The reduction on `dst`, zeros of the same shape elsewhere."""
         op = reduce_op_name(op)
-        self._check("reduce", input_, differentiable=False)
+        self.check("reduce", input_, differentiable=False)
         checks.check_reduce_op("reduce", self.unique_name, op, input_.dtype)
         checks.check_place("reduce", self.unique_name, "dst", dst, self.world_size)
         output = self.transport.like(input_)
@@ -104,7 +107,7 @@ class DeviceCommunicatorBase:
         """The ranks' tensors concatenated along `dim`."""
         if _needs_grad(input_):
             return DistributedAutograd.AllGather.apply(self, input_, self.world_size, dim)
-        self._check("all_gather", input_)
+        self.check("all_gather", input_)
         dim = checks.check_concat("all_gather", self.unique_name, input_, dim)
         output, parts = self._concatenation(input_, dim)
         self._issue("all_gather", input_, {"dim": dim}, self.transport.all_gather, parts, input_)
@@ -115,7 +118,7 @@ class DeviceCommunicatorBase:
         op = reduce_op_name(op)
         if _needs_grad(input_):
             return DistributedAutograd.ReduceScatter.apply(self, input_, op, dim)
-        self._check("reduce_scatter", input_)
+        self.check("reduce_scatter", input_)
         checks.check_reduce_op("reduce_scatter", self.unique_name, op, input_.dtype)
         dim = checks.check_chunks("reduce_scatter", self.unique_name, input_, dim, self.world_size)
         parts = layout.chunks_by_rank(input_, dim, self.world_size)
@@ -128,12 +131,7 @@ class DeviceCommunicatorBase:
         """(2, 1): ``[B, S/P, H, D] -> [B, S, H/P, D]``; (1, 2): the inverse."""
         if _needs_grad(input_):
             return DistributedAutograd.AllToAll4D.apply(self, input_, self.world_size, scatter_dim, gather_dim)
-        self._check("all_to_all_4D", input_)
-        checks.check_all_to_all_4D(self.unique_name, input_, scatter_dim, gather_dim, self.world_size)
-        output, to_parts, from_parts = self._ulysses(input_, scatter_dim)
-        arguments = {"scatter_dim": scatter_dim, "gather_dim": gather_dim}
-        self._issue("all_to_all_4D", input_, arguments, self.transport.exchange, [to_parts], [from_parts])
-        return output
+        return exchanges_4D.single(self, self._issue, input_, scatter_dim, gather_dim)
 
     def all_to_all_4D_coalesced(
         self, inputs: Sequence[Tensor], scatter_dim: int = 2, gather_dim: int = 1
@@ -142,19 +140,7 @@ class DeviceCommunicatorBase:
         inputs = list(inputs)
         if any(map(_needs_grad, inputs)):
             return list(DistributedAutograd.AllToAll4DCoalesced.apply(self, scatter_dim, gather_dim, *inputs))
-        checks.check_all_to_all_4D_coalesced(self.unique_name, inputs, scatter_dim, gather_dim, self.world_size)
-        for input_ in inputs:
-            self._check("all_to_all_4D_coalesced", input_)
-        views = [self._ulysses(input_, scatter_dim) for input_ in inputs]
-        self._issue(
-            "all_to_all_4D_coalesced",
-            inputs,
-            {"scatter_dim": scatter_dim, "gather_dim": gather_dim},
-            self.transport.exchange,
-            [to_parts for _, to_parts, _ in views],
-            [from_parts for _, _, from_parts in views],
-        )
-        return [output for output, _, _ in views]
+        return exchanges_4D.coalesced(self, self._issue, inputs, scatter_dim, gather_dim)
 
     def all_to_all_4D_packed(
         self, sends: Sequence[Tensor], scatter_dim: int, gather_dim: int, single: bool
@@ -163,17 +149,19 @@ class DeviceCommunicatorBase:
 
         Recorded as the `all_to_all_4D` (or, not `single`, the coalesced one) that it was before.
         """
-        sends = list(sends)
-        checks.check_all_to_all_4D_packed(self.unique_name, sends, scatter_dim, gather_dim, self.world_size)
-        for send in sends:
-            self._check("all_to_all_4D_packed", send)
-        recvs = [self.transport.empty(send.shape, send.dtype) for send in sends]
-        arguments = {"scatter_dim": scatter_dim, "gather_dim": gather_dim}
-        # For the records and for messages only, and never read: tensors of the shapes before packing.
-        handed_in = [send.as_strided(layout.unpacked_shape(send.shape, scatter_dim), (0,) * 4) for send in sends]
-        op = "all_to_all_4D" if single else "all_to_all_4D_coalesced"
-        self._issue(op, handed_in, arguments, self.transport.exchange, recvs, sends)
-        return recvs
+        return exchanges_4D.packed(self, self._issue, list(sends), scatter_dim, gather_dim, single)
+
+    def start_all_to_all_4D(self, inputs: Sequence[Tensor], scatter_dim: int, gather_dim: int, form: str) -> Started:
+        """Begin a 4D exchange that `Started.wait` ends; later calls of the group are issued behind it.
+
+        For compiled code, which neither writes nor frees the inputs before the wait.
+
+        Args:
+            form: which of the calls above it stands for: "single", "coalesced", "packed single" or "packed coalesced".
+        """
+        if self._later is None:
+            self._later = self._make_later()
+        return exchanges_4D.start(self, self._later, list(inputs), scatter_dim, gather_dim, form)
 
     def all_to_all_single(
         self,
@@ -184,7 +172,7 @@ class DeviceCommunicatorBase:
         """Part j of dim 0 goes to rank j; the received parts are concatenated. Parts are equal without split sizes."""
         if _needs_grad(input_):
             return DistributedAutograd.AllToAllSingle.apply(self, input_, output_split_sizes, input_split_sizes)
-        self._check("all_to_all_single", input_)
+        self.check("all_to_all_single", input_)
         checks.check_all_to_all_single(self.unique_name, input_, output_split_sizes, input_split_sizes, self.world_size)
         op, transport = "all_to_all_single", self.transport
         arguments = {"output_split_sizes": _tuple(output_split_sizes), "input_split_sizes": _tuple(input_split_sizes)}
@@ -200,7 +188,7 @@ class DeviceCommunicatorBase:
 
     def broadcast(self, input_: Tensor, src: int = 0) -> Tensor:
         """The tensor of `src`, as a new tensor, on every rank."""
-        self._check("broadcast", input_, differentiable=False)
+        self.check("broadcast", input_, differentiable=False)
         checks.check_place("broadcast", self.unique_name, "src", src, self.world_size)
         output = self.transport.like(input_)
         self._issue("broadcast", input_, {"src": src}, self.transport.broadcast, output, input_, src)
@@ -208,7 +196,7 @@ class DeviceCommunicatorBase:
 
     def gather(self, input_: Tensor, dst: int = 0, dim: int = -1) -> Tensor | None:
         """On `dst`, the ranks' tensors concatenated along `dim`; None elsewhere."""
-        self._check("gather", input_, differentiable=False)
+        self.check("gather", input_, differentiable=False)
         checks.check_place("gather", self.unique_name, "dst", dst, self.world_size)
         dim = checks.check_concat("gather", self.unique_name, input_, dim)
         output, parts = self._concatenation(input_, dim) if self.rank == dst else (None, None)
@@ -219,7 +207,7 @@ class DeviceCommunicatorBase:
         """This rank's slice of `dim`; the gradient is gathered, divided by P with `scale_grad`."""
         if _needs_grad(input_):
             return DistributedAutograd.Slice.apply(self, input_, self.world_size, dim, scale_grad)
-        self._check("shard", input_)
+        self.check("shard", input_)
         dim = checks.check_chunks("shard", self.unique_name, input_, dim, self.world_size)
         size = input_.size(dim) // self.world_size
         return input_.narrow(dim, self.rank * size, size).clone(memory_format=torch.contiguous_format)
@@ -229,7 +217,7 @@ class DeviceCommunicatorBase:
     def send(self, tensor: Tensor, dst: int | None = None) -> None:
         """Send to place `dst` (default: the next)."""
         dst = (self.rank + 1) % self.world_size if dst is None else dst
-        self._check("send", tensor, differentiable=False)
+        self.check("send", tensor, differentiable=False)
         checks.check_peer("send", self.unique_name, "dst", dst, self.rank, self.world_size)
         self._issue("send", tensor, {"dst": dst}, self.transport.send, tensor, dst)
 
@@ -251,6 +239,8 @@ class DeviceCommunicatorBase:
         Waits for open sends, at most until the deadline; one that nobody received is reported as a warning.
         """
         try:
+            if self._later is not None:
+                self._later.close()
             self.transport.close()
         except RuntimeError as error:
             logger.warning("destroying group %r: %s", self.unique_name, error)
@@ -261,15 +251,9 @@ class DeviceCommunicatorBase:
             return SoloTransport(self.device)
         return ProcessGroupTransport(self.device_group, self.cpu_group, self.device, self.unique_name, self.timeout_s)
 
-    def _ulysses(self, input_: Tensor, scatter_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The output of a 4D exchange, its rank-major view, and the input's."""
-        B, S, H, D = input_.shape
-        P = self.world_size
-        if scatter_dim == 2:
-            output = self.transport.empty((B, S * P, H // P, D), input_.dtype)
-            return output, layout.sequence_by_rank(output, P), layout.heads_by_rank(input_, P)
-        output = self.transport.empty((B, S // P, H * P, D), input_.dtype)
-        return output, layout.heads_by_rank(output, P), layout.sequence_by_rank(input_, P)
+    def _make_later(self) -> Later:
+        """What carries out exchanges that are started and not waited for yet."""
+        return Worker(self) if self.device.type == "cpu" else AtOnce(self)
 
     def _concatenation(self, input_: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """The output of P tensors like `input_` along `dim`, and its rank-major view."""
@@ -278,7 +262,8 @@ class DeviceCommunicatorBase:
         output = self.transport.empty(shape, input_.dtype)
         return output, layout.chunks_by_rank(output, dim, self.world_size)
 
-    def _check(self, op: str, tensor: Tensor, differentiable: bool = True) -> None:
+    def check(self, op: str, tensor: Tensor, differentiable: bool = True) -> None:
+        """TypeError or ValueError unless the group's collectives take `tensor`."""
         # One test where all is well: this is on the path of every call.
         if tensor.layout is not _STRIDED or tensor.device != self.device:
             checks.check_strided(op, self.unique_name, tensor)
@@ -297,18 +282,33 @@ class DeviceCommunicatorBase:
         """Run the collective, seen by who wants to, and say in any error which one it was."""
         if self.failure:  # looked at here too: a call that does nothing is felt on this path
             self.refuse_if_broken(op)
-        peer = arguments["src"] if op == "recv" else arguments["dst"] if op == "send" else None
+        if self._later is not None:
+            self._later.settle()
+        self._carry_out(self._announce(op, tensors, arguments), call, args)
+
+    def _announce(self, op: str, tensors: Tensor | list[Tensor] | None, arguments: dict[str, Any]) -> list[Any]:
+        """Count the call and show it to who wants to see it; what `_carry_out` wants."""
+        peer = _peer(op, arguments)
         # Collectives are counted alike on all ranks, messages between two ranks on both of them.
         way = "collective" if peer is None else f"{self.rank}-{peer}" if op == "send" else f"{peer}-{self.rank}"
         self._issued[way] = number = self._issued.get(way, 0) + 1
-        noted, well = journal.begin(self.member, op, way, number, tensors, arguments), False
-        try:
-            if observers:
+        noted = journal.begin(self.member, op, way, number, tensors, arguments)
+        if observers:
+            try:
                 observe(Call(self.member, op, tuple(_list(tensors)), arguments, way, number))
+            except BaseException as error:
+                journal.finish(noted, True)
+                self._judge(error, journal.Entry(*noted))
+                raise
+        return noted
+
+    def _carry_out(self, noted: list[Any], call: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        well = False
+        try:
             call(*args)
             well = True
         except BaseException as error:  # an interrupt too: the other ranks are in the call
-            self._judge(error, journal.Entry(*noted), peer)
+            self._judge(error, journal.Entry(*noted))
             raise
         finally:
             journal.finish(noted, not well)
@@ -328,8 +328,9 @@ class DeviceCommunicatorBase:
             self.failure = reason
             self.transport.give_up(reason)
 
-    def _judge(self, error: BaseException, entry: journal.Entry, peer: int | None) -> None:
+    def _judge(self, error: BaseException, entry: journal.Entry) -> None:
         """Raise `error` with what the group knows of it, and break the group unless nothing was sent."""
+        peer = _peer(entry.op, entry.arguments)
         if isinstance(error, RefusedError):
             raise RefusedError(f"{checks.where(entry.op, self.unique_name)}: {error}") from error
         if isinstance(error, (TypeError, ValueError)):
@@ -354,6 +355,11 @@ class DeviceCommunicatorBase:
         )
         self.break_with(str(explained))
         raise explained from error
+
+
+def _peer(op: str, arguments: dict[str, Any]) -> int | None:
+    """The place at the other end of a message; None for a collective."""
+    return arguments["src"] if op == "recv" else arguments["dst"] if op == "send" else None
 
 
 def _list(tensors: Tensor | list[Tensor] | None) -> list[Tensor]:

@@ -78,6 +78,10 @@ class Streams:
         with self.use(stream):
             if self._runtime.is_current_stream_capturing():
                 return None
+        return self.mark(stream)
+
+    def mark(self, stream: Any) -> Any:
+        """An event after what was issued to `stream`; in a capture, a part of the graph. Not on CPU."""
         event = self._runtime.Event()
         event.record(stream)
         return event

@@ -10,6 +10,7 @@ from fvops.ops.all_reduce import all_reduce
 from fvops.ops.all_to_all_4D import all_to_all_4D
 from fvops.ops.all_to_all_4D_coalesced import all_to_all_4D_coalesced
 from fvops.ops.all_to_all_4D_packed import op as _packed_op  # noqa: F401  (made by the compiler's layout pass)
+from fvops.ops.all_to_all_4D_start import start_op as _start_op  # noqa: F401  (made by the overlap pass)
 from fvops.ops.all_to_all_single import all_to_all_single
 from fvops.ops.barrier import barrier
 from fvops.ops.broadcast import broadcast

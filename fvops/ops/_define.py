@@ -60,6 +60,7 @@ def define(
     backward: Callable[..., Any] | None = None,
     refuse_grad: Callable[..., None] | None = None,
     ordered: bool = True,
+    differentiated: bool = True,
 ) -> Any:
     """Define ``fvops::<schema>`` and return its overload.
 
@@ -72,6 +73,8 @@ def define(
         refuse_grad: called with the op's arguments when the input requires a gradient; raises if there is none.
         ordered: the op sends something, so no compiler may drop, merge or move it. Only ops that stay on this rank
             (`shard`) are not.
+        differentiated: False for an op that is only put into graphs that have been differentiated: it gets no autograd
+            kernel, and may have its tensors anywhere in the schema.
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
@@ -84,7 +87,7 @@ def define(
 
     torch.library.register_fake(f"fvops::{name}", fake_with_compiler, lib=LIBRARY)
     inputs = [str(argument.type) for argument in overload._schema.arguments if "Tensor" in str(argument.type)]
-    if inputs:
+    if inputs and differentiated:
         make = _autograd_kernel if inputs == ["Tensor"] else _autograd_list_kernel
         LIBRARY.impl(name, make(overload, eager, backward, refuse_grad), "Autograd", with_keyset=True)
     if ordered:

@@ -1,0 +1,178 @@
+"""overlap: values, gradients and sequences as eager's; what stands between start and wait runs while data travels."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+
+import fvops
+from compile_tests.pass_programs import OVERLAPPED, PROGRAMS, Issued, compare_with_eager, example
+from fvops.debug import record_collectives
+from tests.harness import Ranks
+
+OVERLAP = {"overlap": True}
+_START, _WAIT = "fvops.all_to_all_4D_start", "fvops.all_to_all_4D_wait"
+
+
+def _compare(names: list[str], switches: dict[str, Any], train: bool, batch: int = 1, **more: Any) -> list[Issued]:
+    """What eager and compiled code issued, by turns."""
+    sequences = compare_with_eager(names, switches, train, batch, **more)
+    return [sequence for pair in sequences.values() for sequence in pair]
+
+
+def _pairs(sequences: list[Issued]) -> list[tuple[Issued, Issued]]:
+    return list(zip(sequences[::2], sequences[1::2], strict=True))
+
+
+@pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True], ids=["inference", "training"])
+def test_eager_s_values_and_sequence(two_ranks: Ranks, train: bool) -> None:
+    for rank in two_ranks.run(_compare, list(OVERLAPPED), OVERLAP, train, deadline_s=300):
+        for eager, overlapped in _pairs(rank):
+            assert overlapped == eager
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("layout", ["exchange", "fused"])
+def test_every_program_at_every_world_size(world_size: int, train: bool, layout: str) -> None:
+    ranks = Ranks.get(world_size)
+    for batch in (1, 2):
+        for rank in ranks.run(_compare, list(PROGRAMS), {**OVERLAP, "layout": layout}, train, batch, deadline_s=900):
+            for eager, overlapped in _pairs(rank):
+                assert overlapped == eager
+
+
+@pytest.mark.slow
+def test_dynamic_lengths(two_ranks: Ranks) -> None:
+    names = ["two branches", "views", "reduced meanwhile"]
+    for rank in two_ranks.run(_compare_dynamic, names, deadline_s=300):
+        for eager, overlapped in _pairs(rank):
+            assert overlapped == eager
+
+
+def _compare_dynamic(names: list[str]) -> list[Issued]:
+    torch._dynamo.utils.counters.clear()
+    sequences = _compare(names, OVERLAP, False, dynamic=True)
+    stats = torch._dynamo.utils.counters["stats"]
+    assert stats["unique_graphs"] == 1, stats
+    return sequences
+
+
+def _kernels(name: str, switches: dict[str, Any], inductor: dict[str, Any]) -> list[str]:
+    """The starts, waits, whole exchanges and matrix products of the generated code, in its order."""
+    options = {**fvops.compiler.options(**switches), **inductor}
+    compiled = torch.compile(PROGRAMS[name], fullgraph=True, options=options)
+    _, (code,) = run_and_get_code(compiled, example())
+    calls = re.findall(r"^ *(?:buf\d+ = )?(?:torch\.ops\.|extern_kernels\.)([\w.]+)\(", code, re.MULTILINE)
+    return [call.removesuffix(".default") for call in calls]
+
+
+def test_one_branch_is_projected_while_the_other_travels(two_ranks: Ranks) -> None:
+    for kernels in two_ranks.run(_kernels, "two branches", OVERLAP, {}, deadline_s=200):
+        assert kernels == [_START, _START, "mm", _WAIT, "mm", _WAIT, "mm"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OVERLAPPED)
+def test_how_many_are_split(two_ranks: Ranks, name: str) -> None:
+    for kernels in two_ranks.run(_kernels, name, OVERLAP, {}, deadline_s=200):
+        assert kernels.count(_START) == kernels.count(_WAIT) == OVERLAPPED[name][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "inductor",
+    [{"reorder_for_compute_comm_overlap": True}, {"reorder_for_peak_memory": False}, {"memory_planning": True}],
+)
+def test_inductor_s_own_orders_leave_it_so(two_ranks: Ranks, inductor: dict[str, Any]) -> None:
+    for kernels in two_ranks.run(_kernels, "reused memory", OVERLAP, inductor, deadline_s=200):
+        assert kernels == [_START, "mm", "mm", "mm", "mm", _WAIT]
+
+
+@pytest.mark.slow
+def test_a_limit_keeps_exchanges_whole(two_ranks: Ranks) -> None:
+    nbytes = 4 * 16 * 5 * 8
+    for limit, starts in ((2 * nbytes - 1, 0), (2 * nbytes, 2), (1 << 20, 2)):
+        for kernels in two_ranks.run(_kernels, "two branches", {"overlap": limit}, {}, deadline_s=200):
+            assert kernels.count(_START) == starts, limit
+            if limit < 1 << 20:  # never two under way
+                assert _START not in "".join(kernels).split(_WAIT, 1)[0].split(_START, 1)[-1], kernels
+
+
+@torch.library.custom_op("fvops_overlap_test::meet", mutates_args=())
+def _meet(x: Tensor, key: str, place: int) -> Tensor:
+    """Computed between start and wait: on rank 0 says that it was reached."""
+    if place == 0:
+        dist.distributed_c10d._get_default_store().set(key, "")
+    return x.clone()
+
+
+@_meet.register_fake
+def _(x: Tensor, key: str, place: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _meeting(switches: dict[str, Any], deadline_s: float) -> bool:
+    """Rank 1 enters the program only once rank 0 has come to what it computes between start and wait."""
+    group = fvops.get_sp_group()
+
+    def program(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = group.all_to_all_4D(x, 2, 1)
+        return y.sin(), torch.ops.fvops_overlap_test.meet(x @ x.mT, "met", group.rank_in_group)
+
+    x = torch.rand(1, 4, 4, 4, dtype=torch.float64)
+    compiled = torch.compile(program, fullgraph=True, options=fvops.compiler.options(**switches))
+    if group.rank_in_group == 1:
+        dist.distributed_c10d._get_default_store().wait(["met"], timedelta(seconds=deadline_s))
+    received, _ = compiled(x)
+    torch.testing.assert_close(received, group.all_to_all_4D(x, 2, 1).sin())
+    return True
+
+
+def test_compute_runs_while_the_exchange_is_under_way(two_ranks: Ranks) -> None:
+    """Without overlap rank 0 would wait in the exchange for rank 1, which waits for what rank 0 computes after it."""
+    assert two_ranks.run(_meeting, OVERLAP, 100.0, deadline_s=200) == [True, True]
+
+
+def _sequence_of_eager_calls() -> tuple[list[str], list[Any]]:
+    """An exchange is started; other calls of the group come before its wait."""
+    group = fvops.get_sp_group()
+    x = torch.arange(1.0 * 4 * 4 * 3).view(1, 4, 4, 3) + 100 * group.rank_in_group
+    arguments = [x], 2, 1, "single", group.world_size, group.unique_name
+    with record_collectives() as records:
+        ticket = torch.ops.fvops.all_to_all_4D_start(*arguments)
+        total = group.all_reduce(x)
+        second = torch.ops.fvops.all_to_all_4D_start(*arguments)
+        late = torch.ops.fvops.all_to_all_4D_wait(second, *arguments)[0]
+        early = torch.ops.fvops.all_to_all_4D_wait(ticket, *arguments)[0]
+    want = group.all_to_all_4D(x, 2, 1)
+    return [record.op for record in records], [bool((y == want).all()) for y in (early, late)] + [total.sum().item()]
+
+
+def _start_in_inference_mode(rows: int) -> bool:
+    group = fvops.get_sp_group()
+    with torch.inference_mode():
+        arguments = [torch.rand(1, rows, 4, 64)], 2, 1, "single", group.world_size, group.unique_name
+        ticket = torch.ops.fvops.all_to_all_4D_start(*arguments)
+        (received,) = torch.ops.fvops.all_to_all_4D_wait(ticket, *arguments)
+        return torch.equal(received, group.all_to_all_4D(arguments[0][0], 2, 1)) and received.is_inference()
+
+
+@pytest.mark.parametrize("rows", [4, 4096])  # through the channels, and into the pool
+def test_the_caller_s_inference_mode(two_ranks: Ranks, rows: int) -> None:
+    """The thread that carries an exchange out has modes of its own."""
+    assert two_ranks.run(_start_in_inference_mode, rows) == [True, True]
+
+
+def test_calls_meanwhile_keep_their_order(two_ranks: Ranks) -> None:
+    results = two_ranks.run(_sequence_of_eager_calls)
+    assert results[0] == results[1]
+    assert results[0] == (["all_to_all_4D", "all_reduce", "all_to_all_4D"], [True, True, 2 * 1128.0 + 4800])

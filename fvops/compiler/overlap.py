@@ -1,0 +1,245 @@
+"""overlap: an exchange is split into a start and a wait, and what does not need its result is computed between them.
+
+The nodes of a graph are put into a new order: an exchange starts as soon as its inputs are there; what reads a result
+stays back while anything else can be computed; then the oldest exchange is waited for. Ordered ops keep their order,
+for each is handed the token of the one before it. An exchange with nothing to compute beside it stays whole.
+
+Memory: exchanges under way, and what is computed ahead of its turn, hold buffers longer. Both together are limited.
+"""
+
+from __future__ import annotations
+
+import heapq
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from fvops.compiler.log import note
+from fvops.compiler.token_chain import (
+    add,
+    arguments_of,
+    fake_run,
+    index_of,
+    insert,
+    is_call,
+    op_of,
+    read,
+    remove,
+    result_of,
+    token_before,
+)
+
+__all__ = ["overlap_exchanges"]
+
+_ORDERED_BY_TOKENS = (
+    torch.ops.higher_order.with_effects,
+    torch.ops.prims._make_token.default,
+    torch.ops.prims._sink_tokens.default,
+)
+
+
+def overlap_exchanges(graph: Graph, limit: int) -> int:
+    """Split the exchanges beside which something can be computed; how many there were.
+
+    Args:
+        limit: bytes that may be held longer at any time. Symbolic sizes count as nothing, since what they stand for may
+            differ between two compilations of one program.
+    """
+    exchanges = {call: result for call in graph.nodes if (result := _splittable(call, limit)) is not None}
+    if not exchanges or _captured_in_pieces(graph):
+        return 0
+    order: list[Node] = []
+    for stretch in _stretches(graph):
+        order += _Stretch(stretch, exchanges, limit).order()
+    place = {node: number for number, node in enumerate(order)}
+    split = [
+        (call, result)
+        for call, result in exchanges.items()
+        if any(map(_computes, order[place[call] + 1 : place[result]]))
+    ]
+    if split:
+        *others, output = order
+        for node in others:
+            output.prepend(node)
+        for call, result in split:
+            _split(call, result)
+    return len(split)
+
+
+def _splittable(call: Node, limit: int) -> Node | None:
+    """The result of `call`, where that is an exchange between ranks whose result is read and which fits the limit."""
+    ops = torch.ops.fvops
+    forms = ops.all_to_all_4D.default, ops.all_to_all_4D_coalesced.default, ops.all_to_all_4D_packed.default
+    if not is_call(call, forms) or arguments_of(call)[-2] == 1:
+        return None
+    result = result_of(call)
+    return result if result is not None and result.users and _held(call) <= limit else None
+
+
+def _captured_in_pieces(graph: Graph) -> bool:
+    """May a CUDA graph end inside this one? Start and wait have to be in the same capture."""
+    from torch._inductor import config
+
+    from fvops.compiler.cudagraph_partition import HOST_OPS
+
+    if not (config.triton.cudagraphs and config.graph_partition):
+        return False
+    values = [node.meta.get("val") for node in graph.nodes if node.op in ("placeholder", "call_function")]
+    devices = {value.device.type for value in values if isinstance(value, torch.Tensor)}
+    host_ops = any(is_call(node) and op_of(node).name() in HOST_OPS for node in graph.nodes)
+    # On CPU alone nothing is captured.
+    return devices != {"cpu"} and ("cpu" in devices or host_ops)
+
+
+def _stretches(graph: Graph) -> list[list[Node]]:
+    """The nodes, cut before and after each that nothing may pass."""
+    stretches: list[list[Node]] = [[]]
+    for node in graph.nodes:
+        if _is_fixed(node):
+            stretches += [[node], []]
+        else:
+            stretches[-1].append(node)
+    return stretches
+
+
+def _is_fixed(node: Node) -> bool:
+    if node.op != "call_function":
+        return True
+    if node.target in _ORDERED_BY_TOKENS:
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.is_impure() or torch.Tag.nondeterministic_seeded in node.target.tags
+    return isinstance(node.target, torch._ops.HigherOrderOperator) or node.is_impure()
+
+
+class _Stretch:
+    """Nodes between two that nothing passes, and how they are put into order."""
+
+    def __init__(self, nodes: list[Node], exchanges: dict[Node, Node], limit: int) -> None:
+        self._nodes = nodes
+        self._limit = limit
+        self._number = number = {node: number for number, node in enumerate(nodes)}
+        self._exchanges = {call: result for call, result in exchanges.items() if call in number and result in number}
+        self._missing = {node: len(self._number.keys() & node.all_input_nodes) for node in nodes}
+        self._results = set(self._exchanges.values())
+        # Nodes with all their inputs there: exchanges come first, the others as they were.
+        self._ready: list[tuple[bool, int]] = []
+        # Exchanges under way, the oldest first.
+        self._open: list[Node] = []
+        # What was computed before its turn: bytes, by the node's number.
+        self._ahead: dict[int, int] = {}
+        # Bytes of both.
+        self._held = 0
+        self._first = 0
+        self._order: list[Node] = []
+        self._placed: set[Node] = set()
+
+    def order(self) -> list[Node]:
+        """All the nodes, each after what it reads."""
+        for node in self._nodes:
+            if not self._missing[node]:
+                self._make_ready(node)
+        while len(self._order) < len(self._nodes):
+            if self._ready and not (self._open and self._exceeds(self._nodes[self._ready[0][1]])):
+                self._place(self._nodes[heapq.heappop(self._ready)[1]])
+            else:
+                self._end_oldest()
+        return self._order
+
+    def _make_ready(self, node: Node) -> None:
+        # What an exchange gives is not ready before it is waited for.
+        if node not in self._results:
+            heapq.heappush(self._ready, (node not in self._exchanges, self._number[node]))
+
+    def _exceeds(self, node: Node) -> bool:
+        """Would it take more memory than may be held to place `node` now?"""
+        if node in self._exchanges:
+            more = _held(node)
+        else:
+            more = _result_bytes(node) if self._number[node] > self._first else 0
+        return more > 0 and self._held + more > self._limit
+
+    def _end_oldest(self) -> None:
+        call = self._open.pop(0)
+        self._held -= _held(call)
+        self._place(self._exchanges[call])
+
+    def _place(self, node: Node) -> None:
+        self._order.append(node)
+        self._placed.add(node)
+        if node in self._exchanges:
+            self._open.append(node)
+            self._held += _held(node)
+        number = self._number[node]
+        if number > self._first:
+            self._ahead[number] = _result_bytes(node)
+            self._held += self._ahead[number]
+        while self._first < len(self._nodes) and self._nodes[self._first] in self._placed:
+            self._held -= self._ahead.pop(self._first, 0)
+            self._first += 1
+        for user in node.users:
+            if user in self._missing:
+                self._missing[user] -= 1
+                if not self._missing[user]:
+                    self._make_ready(user)
+
+
+def _inputs(call: Node) -> list[Node]:
+    tensors: Any = arguments_of(call)[0]
+    return list(tensors) if isinstance(tensors, (list, tuple)) else [tensors]
+
+
+def _held(call: Node) -> int:
+    """Bytes that are sent and received, which a started exchange keeps."""
+    return 2 * sum(_nbytes(node.meta["val"]) for node in _inputs(call))
+
+
+def _nbytes(value: Any) -> int:
+    numel = value.numel()
+    return numel * value.element_size() if isinstance(numel, int) else 0
+
+
+def _computes(node: Node) -> bool:
+    """Is `node` more than a view, a size or a part of a result?"""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    value = node.meta.get("val")
+    returns = node.target._schema.returns
+    aliases = any(returned.alias_info is not None for returned in returns)
+    return isinstance(value, (torch.Tensor, list, tuple)) and not aliases
+
+
+def _result_bytes(node: Node) -> int:
+    if not _computes(node):
+        return 0
+    value = node.meta["val"]
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return sum(_nbytes(one) for one in values if isinstance(one, torch.Tensor))
+
+
+def _split(call: Node, result: Node) -> None:
+    """Replace `call` by a start in its place, and `result` by a wait in its."""
+    ops = torch.ops.fvops
+    single = op_of(call) is ops.all_to_all_4D.default
+    dims, world = arguments_of(call)[1:3], arguments_of(call)[-2:]
+    if op_of(call) is ops.all_to_all_4D_packed.default:
+        form = "packed single" if arguments_of(call)[3] else "packed coalesced"
+    else:
+        form = "single" if single else "coalesced"
+    arguments = (_inputs(call), *dims, form, *world)
+    _, token, ticket = insert(call, token_before(call), ops.all_to_all_4D_start.default, arguments, call)
+    waited = (ticket, *arguments)
+    note("overlap", f"{op_of(call)._opname} split into start and wait", call)
+    values = torch.fx.map_arg(waited, lambda node: node.meta["val"])
+    received = fake_run(ops.all_to_all_4D_wait.default, *values)
+    wait = add(result, ops.all_to_all_4D_wait.default, waited, result, value=received)
+    if single:
+        result.replace_all_uses_with(read(result, wait, 0, result))
+    else:
+        for item in list(result.users):
+            if item.target is not operator.getitem:
+                raise RuntimeError(f"overlap: {item} takes the whole list that {call} returns, not a tensor of it")
+            item.replace_all_uses_with(read(item, wait, index_of(item), item))
+    remove(call, token)
