@@ -34,10 +34,12 @@ __all__ = ["main"]
 
 _HEADS, _HEAD_SIZE = 12, 128
 # name -> (block, switches)
+_ALL: dict[str, Any] = {"merge": True, "cancel": True, "absorb": True, "overlap": True}
 _CANDIDATES: dict[str, tuple[type[UlyssesBlock], dict[str, Any]]] = {
-    "fvops, enable(), fused": (UlyssesBlock, {"layout": "fused", "merge": True, "cancel": True, "absorb": True}),
-    "fvops, fused without absorb": (UlyssesBlock, {"layout": "fused", "merge": True, "cancel": True}),
-    "fvops, enable()": (UlyssesBlock, {"merge": True, "cancel": True, "absorb": True}),
+    "fvops, enable(), fused": (UlyssesBlock, {**_ALL, "layout": "fused"}),
+    "fvops, fused, no overlap": (UlyssesBlock, {**_ALL, "layout": "fused", "overlap": False}),
+    "fvops, fused, merge only": (UlyssesBlock, {"layout": "fused", "merge": True}),
+    "fvops, enable()": (UlyssesBlock, _ALL),
     "fvops, defaults": (UlyssesBlock, {}),
     "diffusers": (DiffusersBlock, {}),
     "FastVideo's layer": (UpstreamBlock, {}),
