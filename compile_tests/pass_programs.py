@@ -10,12 +10,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fvops
 from fvops.debug import CollectiveRecord, record_collectives
 
-__all__ = ["CANCELLED", "KEPT", "MERGED", "OVERLAPPED", "PROGRAMS", "Issued", "compare_with_eager", "example", "issued"]
+__all__ = [
+    "ABSORBED",
+    "CANCELLED",
+    "KEPT",
+    "MERGED",
+    "OVERLAPPED",
+    "PROGRAMS",
+    "Issued",
+    "compare_with_eager",
+    "example",
+    "issued",
+]
 
 Program = Callable[[Tensor], Any]
 # (op, shapes of the tensors, arguments) of each collective, in order.
@@ -112,45 +124,45 @@ KEPT: dict[str, tuple[Program, int]] = {
 }
 
 
-def _weight(x: Tensor) -> Tensor:
+def _matrix(x: Tensor) -> Tensor:
     return torch.linspace(-1, 1, 5 * 5, dtype=x.dtype).view(5, 5)
 
 
 def _two_branches(x: Tensor) -> tuple[Tensor, Tensor]:
     """Each branch's projection, and what reads neither exchange."""
-    a = _heads(x.sin()) @ _weight(x)
-    b = _heads(x.flip(1)) @ _weight(x)
-    return a + b, (x @ _weight(x)).cos()
+    a = _heads(x.sin()) @ _matrix(x)
+    b = _heads(x.flip(1)) @ _matrix(x)
+    return a + b, (x @ _matrix(x)).cos()
 
 
 def _reused_memory(x: Tensor) -> tuple[Tensor, Tensor]:
     """Tensors of the size of what is sent, made while it is under way."""
     y = _heads(x.sin())
-    z = x @ _weight(x)
+    z = x @ _matrix(x)
     for _ in range(3):
-        z = z.tanh() @ _weight(x)
+        z = z.tanh() @ _matrix(x)
     return y.cos(), z
 
 
 def _written_in_place(x: Tensor) -> tuple[Tensor, Tensor]:
     y = x * 2
     received = _heads(y)
-    z = x @ _weight(x)
+    z = x @ _matrix(x)
     y.add_(z)
-    return received.sin(), y @ _weight(x)
+    return received.sin(), y @ _matrix(x)
 
 
 def _reduced_meanwhile(x: Tensor) -> tuple[Tensor, Tensor]:
     y = _heads(x.cos())
-    z = fvops.get_sp_group().all_reduce(x @ _weight(x))
-    return y @ _weight(x), z + _sequence(x * 3).sum()
+    z = fvops.get_sp_group().all_reduce(x @ _matrix(x))
+    return y @ _matrix(x), z + _sequence(x * 3).sum()
 
 
 def _views(x: Tensor) -> tuple[Tensor, Tensor]:
     """What is sent is a part of something, or has its dims permuted."""
-    y = _heads((x @ _weight(x))[:, 1:-1])
+    y = _heads((x @ _matrix(x))[:, 1:-1])
     z = _sequence(x.transpose(1, 2))
-    return y @ _weight(x), z @ _weight(x)
+    return y @ _matrix(x), z @ _matrix(x)
 
 
 # name -> (program, how many exchanges of the forward are split under `overlap`)
@@ -160,13 +172,61 @@ OVERLAPPED: dict[str, tuple[Program, int]] = {
     "written in place": (_written_in_place, 1),
     "reduced meanwhile": (_reduced_meanwhile, 2),
     "views": (_views, 2),
-    "a list, and a product": (lambda x: (_with_a_list(x), x @ _weight(x)), 2),
-    "an unread one, and a product": (lambda x: (_one_unread(x), x @ _weight(x)), 1),
+    "a list, and a product": (lambda x: (_with_a_list(x), x @ _matrix(x)), 2),
+    "an unread one, and a product": (lambda x: (_one_unread(x), x @ _matrix(x)), 1),
     "nothing beside it": (lambda x: _sequence(_heads(x).sin()), 0),
+}
+
+
+def _weight(x: Tensor, rows: int, columns: int) -> Tensor:
+    """A matrix that depends on x, so that its gradient is looked at."""
+    return (torch.arange(rows * columns, dtype=x.dtype).view(rows, columns) * x.mean()).sin() / rows
+
+
+def _projected(x: Tensor, bias: bool) -> Tensor:
+    """An output projection: exchange, then ``[B, s, H, D] -> [B, s, 6]``."""
+    y = _sequence(x.sin()).flatten(2)
+    return F.linear(y, _weight(x, 6, y.size(2)), x[0, 0, 0, :1].expand(6).cos() if bias else None)
+
+
+def _projected_from_the_left(x: Tensor) -> Tensor:
+    y = _sequence(x.sin()).flatten(2).flatten(0, 1)
+    return torch.mm(_weight(x, 6, y.size(1)), y.t())
+
+
+def _projected_twice(x: Tensor) -> Tensor:
+    y = _sequence(x.sin()).flatten(2)
+    return F.linear(y, _weight(x, 6, y.size(2))) * F.linear(y, _weight(x.cos(), 6, y.size(2)))
+
+
+def _projected_before(x: Tensor, bias: bool) -> Tensor:
+    """A projection of what only the exchange reads: ``[B, S, H*D] -> [B, S, P*H*D]``, exchanged."""
+    channels = x.size(2) * x.size(3)
+    heads = fvops.get_sp_group().world_size
+    weight = _weight(x, 3 * heads, channels)
+    y = F.linear(x.sin().flatten(2), weight, x[0, 0, 0, :1].expand(3 * heads).cos() if bias else None)
+    return _heads(y.unflatten(2, (heads, 3)))
+
+
+def _only_summed(x: Tensor) -> Tensor:
+    y = _sequence(x.sin()).flatten(2)
+    return F.linear(y, _weight(x, 6, y.size(2))).sum() * y.sum((0, 1)).cos()
+
+
+# name -> (program, products that read received parts, products that write packed buffers), without gradients
+ABSORBED: dict[str, tuple[Program, int, int]] = {
+    "projected": (lambda x: _projected(x, bias=False), 1, 0),
+    "projected with a bias": (lambda x: _projected(x, bias=True), 1, 0),
+    "projected from the left": (_projected_from_the_left, 1, 0),
+    "projected twice": (_projected_twice, 2, 0),
+    "projected before": (lambda x: _projected_before(x, bias=False), 0, 1),
+    "projected before with a bias": (lambda x: _projected_before(x, bias=True), 0, 1),
+    "projected and summed": (_only_summed, 0, 0),
 }
 
 PROGRAMS: dict[str, Program] = {
     **{name: program for name, (program, _) in OVERLAPPED.items()},
+    **{name: program for name, (program, _, _) in ABSORBED.items()},
     **{name: program for name, (program, _) in MERGED.items()},
     **CANCELLED,
     **{name: program for name, (program, _) in KEPT.items()},

@@ -20,7 +20,7 @@ from tests.harness import Ranks
 
 DEFAULT = switches.Switches()
 # Not `dead`: that is for those who ask for it.
-ALL_ON = switches.Switches("auto", switches.MERGE_BYTES, True, switches.OVERLAP_BYTES, False)
+ALL_ON = switches.Switches("auto", switches.MERGE_BYTES, True, switches.OVERLAP_BYTES, False, True)
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def _as_it_was() -> Any:
 
 
 def test_enable_alone_is_everything_and_disable_the_default() -> None:
-    assert switches.chosen() == DEFAULT == switches.Switches("auto", 0, False, 0, False)
+    assert switches.chosen() == DEFAULT == switches.Switches("auto", 0, False, 0, False, False)
     fvops.compiler.enable()
     assert switches.chosen() == ALL_ON
     fvops.compiler.enable(dead=True)
@@ -57,6 +57,8 @@ def test_a_block_puts_back_what_was_set() -> None:
     with fvops.compiler.enable(cancel=True):
         with fvops.compiler.enable(merge=True):
             assert switches.chosen() == switches.Switches("auto", switches.MERGE_BYTES, True)
+        with fvops.compiler.enable(absorb=True):
+            assert switches.chosen() == switches.Switches("auto", 7, True, absorb=True)
         assert switches.chosen() == switches.Switches("auto", 7, True)
     assert switches.chosen() == switches.Switches("auto", 7, False)
     with pytest.raises(KeyError), fvops.compiler.enable():
@@ -64,7 +66,7 @@ def test_a_block_puts_back_what_was_set() -> None:
     assert switches.chosen() == switches.Switches("auto", 7, False)
 
 
-@pytest.mark.parametrize("value", [DEFAULT, ALL_ON, switches.Switches("fused", 12345, True, 54321, True)])
+@pytest.mark.parametrize("value", [DEFAULT, ALL_ON, switches.Switches("fused", 12345, True, 54321, True, True)])
 def test_switches_are_read_back_from_their_text(value: switches.Switches) -> None:
     assert switches.Switches.parse(value.text) == value
 
@@ -79,6 +81,7 @@ def test_switches_are_read_back_from_their_text(value: switches.Switches) -> Non
         ({"overlap": -1}, ValueError, "overlap=-1: the limit in bytes cannot be negative"),
         ({"overlap": "all"}, TypeError, "overlap='all': must be a bool or a number of bytes"),
         ({"dead": 1}, TypeError, "dead=1: must be a bool"),
+        ({"absorb": "no"}, TypeError, "absorb='no': must be a bool"),
     ],
 )
 def test_bad_switches(arguments: dict[str, Any], error: type[Exception], text: str) -> None:

@@ -65,6 +65,10 @@ def main() -> None:
     say(f"eager: the sequence over {fvops.get_sp_world_size()} ranks")
     eager = [run(model, video, args.steps, "eager") for video in videos]
 
+    say("compiled, as fvops.report tells it:")
+    told = fvops.report(forward, model, videos[0])
+    say(f"  {told.summary()}")
+
     compiled_model = torch.compile(model, fullgraph=True)
     counters.clear()
     compiled, graphs = [], []
@@ -79,6 +83,10 @@ def main() -> None:
 
     print_table(model, alone, eager, compiled, graphs, breaks)
     problems = find_problems(alone, eager, compiled, graphs, breaks, args.steps)
+    if len(told.collectives) != len(compiled[0].collectives):
+        problems.append(
+            f"the report tells of {len(told.collectives)} collectives, a step sends {compiled[0].collectives}"
+        )
     failed = fail_together(problems)
     fvops.cleanup_dist_env_and_memory()
     if failed:

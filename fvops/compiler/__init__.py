@@ -10,9 +10,19 @@ from __future__ import annotations
 from typing import Any
 
 from fvops.compiler.checkpointing import checkpoint_context_fn
+from fvops.compiler.log import PassNote, pass_log
 from fvops.compiler.switches import disable, enable, options
 
-__all__ = ["checkpoint_context_fn", "disable", "enable", "install", "options", "ordered_ops"]
+__all__ = [
+    "PassNote",
+    "checkpoint_context_fn",
+    "disable",
+    "enable",
+    "install",
+    "options",
+    "ordered_ops",
+    "pass_log",
+]
 
 # Overloads of the ops that communicate; `fvops.ops` fills it.
 ordered_ops: list[Any] = []

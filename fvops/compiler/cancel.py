@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from fvops.compiler.log import note
 from fvops.compiler.token_chain import (
     add,
     arguments_of,
@@ -68,7 +69,7 @@ def cancel_inverses(graph: Graph) -> int:
             sent = arguments_of(node)[0]
             if images.get(sent) == _Image((*reversed(dims), *world), _IDENTITY):
                 received.replace_all_uses_with(_before_exchange(sent, images, sources, received))
-                elide(node)
+                _drop(node)
                 dropped += 1
             else:
                 images[received] = _Image((*dims, *world), _IDENTITY)
@@ -151,6 +152,11 @@ def _before_exchange(node: Node, images: dict[Node, _Image], sources: dict[Node,
     return result
 
 
+def _drop(call: Node) -> None:
+    note("cancel", "all_to_all_4D, undone by its inverse or the inverse itself, dropped", call)
+    elide(call)
+
+
 def elide(call: Node) -> None:
     """Put `fvops::elided` into the place of `call`, whose result is unread: AOTAutograd counts the chains."""
     _, token, result = insert(call, token_before(call), torch.ops.fvops.elided.default, arguments_of(call)[-2:], call)
@@ -165,7 +171,7 @@ def _drop_unread(images: dict[Node, _Image], sources: dict[Node, Node]) -> int:
         if image.users:
             continue
         if image in sources:
-            elide(image.all_input_nodes[0])
+            _drop(image.all_input_nodes[0])
             dropped += 1
         else:
             image.graph.erase_node(image)

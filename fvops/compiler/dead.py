@@ -13,7 +13,8 @@ import torch
 from torch.fx import Graph, Node
 
 from fvops.compiler.cancel import elide
-from fvops.compiler.token_chain import calls, is_call, results_of
+from fvops.compiler.log import note
+from fvops.compiler.token_chain import calls, is_call, op_of, results_of
 
 __all__ = ["elide_unread"]
 
@@ -27,6 +28,7 @@ def elide_unread(graph: Graph) -> int:
     for call in reversed(calls(graph)):
         if is_call(call, _movers()) and not _read(call):
             operands = call.all_input_nodes
+            note("dead", f"{op_of(call)._opname}, which nobody reads, dropped", call)
             elide(call)
             _erase_unread(operands)
             dropped += 1

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from fvops.compiler.log import note
 from fvops.compiler.token_chain import (
     add,
     arguments_of,
@@ -32,7 +33,7 @@ from fvops.compiler.token_chain import (
     token_before,
 )
 
-__all__ = ["compute_layouts"]
+__all__ = ["compute_layouts", "is_opened_up", "open_up", "run"]
 
 aten = torch.ops.aten
 _Size = Any  # int, or the node that computes it
@@ -40,19 +41,25 @@ _Size = Any  # int, or the node that computes it
 
 def compute_layouts(graph: Graph, layout: str) -> int:
     """Open up the exchanges for which `layout` (see `Switches.layout`) says so; how many there were."""
-    exchange, grouped = torch.ops.fvops.all_to_all_4D.default, torch.ops.fvops.all_to_all_4D_coalesced.default
+    exchanges = (torch.ops.fvops.all_to_all_4D.default, torch.ops.fvops.all_to_all_4D_coalesced.default)
     opened = 0
     for call in calls(graph):
-        if is_call(call, (exchange, grouped)):
-            single = op_of(call) is exchange
-            first: Any = arguments_of(call)[0] if single else arguments_of(call)[0][0]
-            if layout == "fused" or (layout == "auto" and first.meta["val"].device.type != "cpu"):
-                _open_up(call, single)
-                opened += 1
+        if is_call(call, exchanges) and is_opened_up(call, layout):
+            open_up(call)
+            opened += 1
     return opened
 
 
-def _open_up(call: Node, single: bool) -> None:
+def is_opened_up(call: Node, layout: str) -> bool:
+    """Does `layout` say that the 4D exchange `call` is to be opened up?"""
+    tensors: Any = arguments_of(call)[0]
+    first = tensors[0] if isinstance(tensors, (list, tuple)) else tensors
+    return layout == "fused" or (layout == "auto" and first.meta["val"].device.type != "cpu")
+
+
+def open_up(call: Node) -> list[Node]:
+    """Open up one 4D exchange; the nodes of what is received, ``[P, B, S, H, D]`` by source, as far as it is read."""
+    single = op_of(call) is torch.ops.fvops.all_to_all_4D.default
     inputs: Any = [arguments_of(call)[0]] if single else arguments_of(call)[0]
     scatter_dim, gather_dim, P, group_name = arguments_of(call)[1:]
     pack, unpack = (_pack_heads, _unpack_sequence) if scatter_dim == 2 else (_pack_sequence, _unpack_heads)
@@ -60,18 +67,23 @@ def _open_up(call: Node, single: bool) -> None:
     arguments = (sends, scatter_dim, gather_dim, single, P, group_name)
     old = result_of(call)
     _, token, recvs = insert(call, token_before(call), torch.ops.fvops.all_to_all_4D_packed.default, arguments, call)
+    received = []
     if old is not None:
         for item in [old] if single else list(old.users):
             recv = read(call, recvs, 0 if single else index_of(item), item)
             item.replace_all_uses_with(unpack(call, recv, P))
+            received.append(recv)
+    directed = "heads" if scatter_dim == 2 else "sequence"
+    note("layout", f"{op_of(call)._opname}, which scatters {directed}, opened up for {len(inputs)} tensors", call)
     remove(call, token)
+    return received
 
 
 def _pack_heads(call: Node, x_BSHD: Node, P: int) -> Node:
     """``[B, S, P*h, D] -> [P, B, S, h, D]``."""
     B, S, H, D = _sizes(call, x_BSHD)
-    parts = _run(call, aten.view.default, x_BSHD, [B, S, P, _computed(call, operator.floordiv, H, P), D])
-    return _copied(call, _run(call, aten.permute.default, parts, [2, 0, 1, 3, 4]))
+    parts = run(call, aten.view.default, x_BSHD, [B, S, P, _computed(call, operator.floordiv, H, P), D])
+    return _copied(call, run(call, aten.permute.default, parts, [2, 0, 1, 3, 4]))
 
 
 def _pack_sequence(call: Node, x_BSHD: Node, P: int) -> Node:
@@ -79,24 +91,24 @@ def _pack_sequence(call: Node, x_BSHD: Node, P: int) -> Node:
     B, S, H, D = _sizes(call, x_BSHD)
     s = _computed(call, operator.floordiv, S, P)
     if B == 1:
-        return _run(call, aten.view.default, x_BSHD, [P, 1, s, H, D])
-    parts = _run(call, aten.view.default, x_BSHD, [B, P, s, H, D])
-    return _copied(call, _run(call, aten.permute.default, parts, [1, 0, 2, 3, 4]))
+        return run(call, aten.view.default, x_BSHD, [P, 1, s, H, D])
+    parts = run(call, aten.view.default, x_BSHD, [B, P, s, H, D])
+    return _copied(call, run(call, aten.permute.default, parts, [1, 0, 2, 3, 4]))
 
 
 def _unpack_sequence(call: Node, recv_PBSHD: Node, P: int) -> Node:
     """``[P, B, s, H, D] -> [B, P*s, H, D]``; at B=1 a view."""
     _, B, s, H, D = _sizes(call, recv_PBSHD)
     # Not through the permutation at B=1: the stride of a dim of size 1 would not be that of a new tensor.
-    parts = recv_PBSHD if B == 1 else _copied(call, _run(call, aten.permute.default, recv_PBSHD, [1, 0, 2, 3, 4]))
-    return _run(call, aten.view.default, parts, [B, _computed(call, operator.mul, s, P), H, D])
+    parts = recv_PBSHD if B == 1 else _copied(call, run(call, aten.permute.default, recv_PBSHD, [1, 0, 2, 3, 4]))
+    return run(call, aten.view.default, parts, [B, _computed(call, operator.mul, s, P), H, D])
 
 
 def _unpack_heads(call: Node, recv_PBSHD: Node, P: int) -> Node:
     """``[P, B, S, h, D] -> [B, S, P*h, D]``."""
     _, B, S, h, D = _sizes(call, recv_PBSHD)
-    parts = _copied(call, _run(call, aten.permute.default, recv_PBSHD, [1, 2, 0, 3, 4]))
-    return _run(call, aten.view.default, parts, [B, S, _computed(call, operator.mul, h, P), D])
+    parts = _copied(call, run(call, aten.permute.default, recv_PBSHD, [1, 2, 0, 3, 4]))
+    return run(call, aten.view.default, parts, [B, S, _computed(call, operator.mul, h, P), D])
 
 
 def _sizes(call: Node, x: Node) -> list[_Size]:
@@ -113,10 +125,11 @@ def _computed(call: Node, function: Callable[[Any, int], Any], size: _Size, P: i
 
 
 def _copied(call: Node, x: Node) -> Node:
-    return _run(call, aten.clone.default, x, memory_format=torch.contiguous_format)
+    return run(call, aten.clone.default, x, memory_format=torch.contiguous_format)
 
 
-def _run(call: Node, op: Any, *arguments: Any, **keywords: Any) -> Node:
+def run(call: Node, op: Any, *arguments: Any, **keywords: Any) -> Node:
+    """A new node that runs `op`, in front of `call` and with its meta data."""
     values = torch.fx.map_arg(arguments, lambda node: node.meta["val"])
     node = add(call, op, arguments, call, value=fake_run(op, *values, **keywords))
     node.kwargs = keywords

@@ -2,7 +2,8 @@
 
 Two exchanges are neighbours if no other ordered op stands between them in the token chain. They merge if they are in
 the same direction and neither reads, however indirectly, what the other received. The result is one
-`all_to_all_4D_coalesced`, where each tensor keeps its own layout, at the place of the last of them.
+`all_to_all_4D_coalesced`, where each tensor keeps its own layout, at the place of the last of them; of exchanges that
+are opened up (`layout`), one `all_to_all_4D_packed`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, Node
 
+from fvops.compiler.log import note
 from fvops.compiler.token_chain import (
     arguments_of,
     index_of,
@@ -79,8 +81,13 @@ def merge_exchanges(graph: Graph, limit: int) -> int:
     return saved
 
 
-def _exchanges() -> tuple[Any, Any]:
-    return torch.ops.fvops.all_to_all_4D.default, torch.ops.fvops.all_to_all_4D_coalesced.default
+def _exchanges() -> tuple[Any, ...]:
+    ops = torch.ops.fvops
+    return ops.all_to_all_4D.default, ops.all_to_all_4D_coalesced.default, ops.all_to_all_4D_packed.default
+
+
+def _is_packed(call: Node) -> bool:
+    return op_of(call) is torch.ops.fvops.all_to_all_4D_packed.default
 
 
 def _inputs(call: Node) -> list[Node]:
@@ -89,8 +96,9 @@ def _inputs(call: Node) -> list[Node]:
 
 
 def _direction(call: Node) -> tuple[Any, ...]:
-    """Dims, world size and group."""
-    return arguments_of(call)[1:]
+    """Is the layout computed outside, dims, world size and group."""
+    scatter_dim, gather_dim, *rest = arguments_of(call)[1:]
+    return (_is_packed(call), scatter_dim, gather_dim, *rest[-2:])
 
 
 def _nbytes(call: Node) -> int:
@@ -103,18 +111,23 @@ def _nbytes(call: Node) -> int:
 
 def _merge(members: list[Node]) -> None:
     first, last = members[0], members[-1]
-    coalesced = _exchanges()[1]
     inputs = [node for call in members for node in _inputs(call)]
-    _, token, results = insert(last, token_before(first), coalesced, (inputs, *_direction(first)), last)
+    packed, *dims, P, group_name = _direction(first)
+    # A packed exchange of several tensors is recorded as `all_to_all_4D_coalesced`, which is what `single=False` says.
+    op, arguments = _exchanges()[1], (inputs, *dims, P, group_name)
+    if packed:
+        op, arguments = _exchanges()[2], (inputs, *dims, False, P, group_name)
+    _, token, results = insert(last, token_before(first), op, arguments, last)
+    note("merge", f"all_to_all_4D as one exchange of {len(inputs)} tensors", last, len(members))
     place = 0
     for member in members:
         count = len(_inputs(member))
         old = result_of(member)
         if old is not None:
-            if op_of(member) is coalesced:
-                _replace_items(old, results, place, last)
-            else:
+            if op_of(member) is _exchanges()[0]:
                 old.replace_all_uses_with(read(last, results, place, old))
+            else:
+                _replace_items(old, results, place, last)
         place += count
     remove(last, token)
     for member in reversed(members[:-1]):

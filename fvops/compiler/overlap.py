@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from fvops.compiler.log import note
 from fvops.compiler.token_chain import (
     add,
     arguments_of,
@@ -230,6 +231,7 @@ def _split(call: Node, result: Node) -> None:
     arguments = (_inputs(call), *dims, form, *world)
     _, token, ticket = insert(call, token_before(call), ops.all_to_all_4D_start.default, arguments, call)
     waited = (ticket, *arguments)
+    note("overlap", f"{op_of(call)._opname} split into start and wait", call)
     values = torch.fx.map_arg(waited, lambda node: node.meta["val"])
     received = fake_run(ops.all_to_all_4D_wait.default, *values)
     wait = add(result, ops.all_to_all_4D_wait.default, waited, result, value=received)

@@ -38,21 +38,30 @@ def _on_joint_graph(graph: Graph) -> None:
         from fvops.compiler.dead import elide_unread
 
         elide_unread(graph)
+    if switches.absorb:
+        from fvops.compiler.absorb import read_slices
+
+        read_slices(graph, switches.layout)
 
 
 def _on_lowered_graph(graph: Graph) -> None:
-    from fvops.compiler import dead, layout, merge, overlap
+    from fvops.compiler import absorb, dead, layout, merge, overlap
     from fvops.compiler.cancel import drop_elided
 
     switches = cache.switches_in_force()
     if switches.dead:
         dead.elide_unread(graph)
     drop_elided(graph)
+    # Before merge: an exchange that absorb has opened up merges with others only if they are, too.
+    layout.compute_layouts(graph, switches.layout)
+    if switches.absorb:
+        absorb.write_packed(graph)
     if switches.merge:
         merge.merge_exchanges(graph, switches.merge)
-    layout.compute_layouts(graph, switches.layout)
-    if switches.overlap:  # last: what it puts between start and wait are the pack and the unpack, too
+    if switches.overlap:  # after these: what it puts between start and wait are the pack and the unpack, too
         overlap.overlap_exchanges(graph, switches.overlap)
+    if switches.absorb:
+        absorb.add_in_place(graph)
 
 
 class _Pass(CustomGraphPass):

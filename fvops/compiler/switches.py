@@ -35,6 +35,7 @@ class Switches:
         overlap: how many bytes exchanges under way, and what is computed ahead of its turn meanwhile, may hold; 0:
             every exchange is waited for where it is issued.
         dead: drop exchanges whose result nobody reads.
+        absorb: matrix products read received parts and write packed buffers, where exchanges are opened up.
     """
 
     layout: str = "auto"
@@ -42,6 +43,7 @@ class Switches:
     cancel: bool = False
     overlap: int = 0
     dead: bool = False
+    absorb: bool = False
 
     @property
     def text(self) -> str:
@@ -52,13 +54,13 @@ class Switches:
     def parse(cls, text: str) -> Switches:
         """The switches that `text` stands for."""
         values = dict(item.split("=") for item in text.split(","))
-        flags = {name: bool(int(values[name])) for name in ("cancel", "dead")}
+        flags = {name: bool(int(values[name])) for name in ("cancel", "dead", "absorb")}
         return cls(values["layout"], merge=int(values["merge"]), overlap=int(values["overlap"]), **flags)
 
 
 _DEFAULT = Switches()
 # But for `dead`, which is for those who ask for it by name.
-_ALL = Switches(merge=MERGE_BYTES, cancel=True, overlap=OVERLAP_BYTES)
+_ALL = Switches(merge=MERGE_BYTES, cancel=True, overlap=OVERLAP_BYTES, absorb=True)
 _chosen = _DEFAULT
 
 
@@ -97,12 +99,13 @@ def enable(
     cancel: bool | None = None,
     overlap: bool | int | None = None,
     dead: bool | None = None,
+    absorb: bool | None = None,
 ) -> Enabled:
     """Switch passes on for what this process compiles from now on, or inside a ``with`` block.
 
     Without arguments all of them but `dead`; with arguments those that are named, the others stay as they are. A
-    function that is compiled already stays as it was compiled. Call it alike on every rank: all but `layout` and
-    `overlap` change the sequence of collectives, and every rank must run the same one. See docs/compiler.md for what
+    function that is compiled already stays as it was compiled. Call it alike on every rank: `merge`, `cancel` and
+    `dead` change the sequence of collectives, and every rank must run the same one. See docs/compiler.md for what
     each pass promises.
 
     Args:
@@ -111,13 +114,14 @@ def enable(
         cancel: drop exchanges that are undone by their inverse.
         overlap: True for `OVERLAP_BYTES`, or a number of bytes (`Switches.overlap`); False or 0 switches it off.
         dead: drop exchanges whose result nobody reads.
+        absorb: let matrix products read received parts and write packed buffers; it sums in another order.
 
     Raises:
         ValueError: `layout` is none of the three, or `merge` or `overlap` is negative.
-        TypeError: `merge` or `overlap` is neither bool nor int, or `cancel` or `dead` not a bool.
+        TypeError: `merge` or `overlap` is neither bool nor int, or `cancel`, `dead` or `absorb` not a bool.
     """
     before = _chosen
-    _choose(_with(before, layout=layout, merge=merge, cancel=cancel, overlap=overlap, dead=dead))
+    _choose(_with(before, layout=layout, merge=merge, cancel=cancel, overlap=overlap, dead=dead, absorb=absorb))
     return Enabled(before)
 
 
@@ -133,6 +137,7 @@ def options(
     cancel: bool | None = None,
     overlap: bool | int | None = None,
     dead: bool | None = None,
+    absorb: bool | None = None,
 ) -> dict[str, Any]:
     """The same switches for one function: ``torch.compile(f, options=fvops.compiler.options())``.
 
@@ -141,7 +146,9 @@ def options(
     """
     from fvops.compiler import cache
 
-    return cache.pinned(_with(_chosen, layout=layout, merge=merge, cancel=cancel, overlap=overlap, dead=dead))
+    return cache.pinned(
+        _with(_chosen, layout=layout, merge=merge, cancel=cancel, overlap=overlap, dead=dead, absorb=absorb)
+    )
 
 
 def _with(base: Switches, **named: Any) -> Switches:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from fvops import compiler
 from fvops.graph_report.contents import Break, Collective, Graph, Kernel, Machine, Report
 from fvops.graph_report.estimate import timed
 from fvops.graph_report.planning import PlannedGroup, is_planning, planned_groups
@@ -67,7 +66,6 @@ def report(
     from fvops.graph_report.tracing import Watcher, call, fakes_in_place_of
 
     watcher = Watcher(options or {})
-    logged = len(_pass_log())
     execute = _decide(execute, fn, args, kwargs)
     if execute:
         breaks, stopped = call(fn, args, kwargs, watcher, backward, dynamic)
@@ -80,7 +78,7 @@ def report(
         executed=execute,
         graphs=tuple(replace(graph, kernels=timed(graph.kernels, machine)) for graph in watcher.graphs),
         breaks=tuple(breaks),
-        passes=tuple(map(str, _pass_log()[logged:])),
+        passes=tuple(watcher.passes),
         machine=machine,
         stopped=stopped,
     )
@@ -91,12 +89,6 @@ def parallel_device() -> torch.device:
     from fvops import parallel_state
 
     return torch.device("cpu") if parallel_state._SP is None else parallel_state._SP.device
-
-
-def _pass_log() -> list[Any]:
-    """What `fvops.compiler` says its passes did, if it has passes."""
-    log = getattr(compiler, "pass_log", None)
-    return [] if log is None else list(log())
 
 
 def _decide(execute: bool | None, fn: Any, args: Any, kwargs: Any) -> bool:

@@ -31,7 +31,7 @@ from fvops.graph_report.user_lines import line_of_trace
 
 __all__ = ["kernels_of", "lowered", "memory_of"]
 
-_GEMM = re.compile(r"\b(mm|bmm|addmm|baddbmm|_int_mm|_scaled_mm|convolution|linear|_linear_pointwise)\b")
+_GEMM = re.compile(r"\b(mm|bmm|addmm_?|baddbmm|_int_mm|_scaled_mm|convolution|linear|_linear_pointwise)\b")
 # Ops of a group that send nothing.
 _LOCAL = ("shard",)
 

@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters, graph_break_reasons
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fvops.compiler.log import PassNote, pass_log
 from fvops.graph_report.contents import Break, Graph
 from fvops.graph_report.user_lines import line_of_stack
 
@@ -27,6 +28,8 @@ __all__ = ["Watcher", "call", "fakes_in_place_of", "modules_in", "tensors_in"]
 class Watcher:
     """A backend that keeps a `Graph`, without times, for every graph that Inductor would generate code for.
 
+    `passes` tells what fvops' passes did to each, a line a change.
+
     Args:
         options: Inductor's configuration while it lowers, as torch.compile's `options`.
     """
@@ -35,6 +38,8 @@ class Watcher:
         # A cached graph would not be lowered; what is captured in a CUDA graph must be code.
         self.options = {**options, "force_disable_caches": True, "triton.cudagraphs": False}
         self.graphs: list[Graph] = []
+        self.passes: list[str] = []
+        self._told: list[PassNote] = []
         self._count = 0
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
@@ -50,9 +55,14 @@ class Watcher:
             return _boxed(runner)
 
         compile_graph: Any = compile_fx.compile_fx
-        compiled: Callable[..., Any] = compile_graph(
-            gm, inputs, inner_compile=inner_compile, config_patches=self.options
-        )
+        place = len(self.passes)
+        with pass_log() as notes:
+            compiled: Callable[..., Any] = compile_graph(
+                gm, inputs, inner_compile=inner_compile, config_patches=self.options
+            )
+        # What was not done to a lowered graph was done before the graph was split into forward and backward.
+        before = [note for note in notes if not any(note is told for told in self._told)]
+        self.passes[place:place] = [f"graph {number} (whole): {note}" for note in before]
         return compiled
 
     def _lower(self, graph: torch.fx.GraphModule, inputs: Any, number: int, phase: str, kwargs: Any) -> None:
@@ -63,8 +73,10 @@ class Watcher:
         def look(lowering: Any) -> None:
             self.graphs.append(Graph(number, phase, tuple(kernels_of(lowering)), *memory_of(lowering)))
 
-        with lowered(look):
+        with lowered(look), pass_log() as notes:
             compile_fx_inner(graph, inputs, **kwargs)
+        self._told += notes
+        self.passes += [f"graph {number} ({phase}): {note}" for note in notes]
 
 
 def _boxed(graph: torch.fx.GraphModule) -> Callable[..., Any]:
