@@ -72,6 +72,25 @@ def test_the_scheduler_reads_our_dependency_by_operation_name() -> None:
     assert "V.graph.additional_buffer_deps[node.get_name()]" in source
 
 
+def test_inductor_parts_of_overlap() -> None:
+    """fvops/compiler/overlap.py, overlap_lowering.py."""
+    from torch._inductor import config, ir
+    from torch._inductor.graph import GraphLowering
+
+    assert isinstance(config.graph_partition, bool)
+    assert isinstance(config.triton.cudagraphs, bool)
+    assert callable(GraphLowering.get_buffer)
+    assert "self.operations:" in inspect.getsource(GraphLowering.__init__)
+    assert callable(ir.Operation.get_outputs)
+    assert list(inspect.signature(ir.TensorBox.create).parameters) == ["data"]
+    # A bare buffer is copied for a call, a view that says where it lies is not.
+    source = inspect.getsource(ir.ExternKernel.realize_input)
+    assert source.index("isinstance(x, TensorBox)") < source.index("isinstance(x, ReinterpretView)")
+    assert source.rstrip().endswith("return cls.copy_input(x)")
+    for op in (torch.ops.prims._make_token.default, torch.ops.prims._sink_tokens.default):
+        assert "Tensor" in str(op._schema)
+
+
 def test_cache_keys_hold_the_mark() -> None:
     """fvops/compiler/cache.py."""
     from torch._inductor import config

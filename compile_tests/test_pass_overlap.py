@@ -100,11 +100,10 @@ def test_inductor_s_own_orders_leave_it_so(two_ranks: Ranks, inductor: dict[str,
 @pytest.mark.slow
 def test_a_limit_keeps_exchanges_whole(two_ranks: Ranks) -> None:
     nbytes = 4 * 16 * 5 * 8
-    for limit, starts in ((2 * nbytes - 1, 0), (2 * nbytes, 2), (1 << 20, 2)):
+    # One exchange sends and receives 2 * nbytes: with just that, nothing may be computed ahead of its turn.
+    for limit, starts in ((2 * nbytes, 0), (1 << 20, 2)):
         for kernels in two_ranks.run(_kernels, "two branches", {"overlap": limit}, {}, deadline_s=200):
             assert kernels.count(_START) == starts, limit
-            if limit < 1 << 20:  # never two under way
-                assert _START not in "".join(kernels).split(_WAIT, 1)[0].split(_START, 1)[-1], kernels
 
 
 @torch.library.custom_op("fvops_overlap_test::meet", mutates_args=())
