@@ -23,11 +23,11 @@ def _block(x: Tensor) -> Tensor:
     return group.all_to_all_4D((y.cos() + other).sin(), 1, 2).exp()
 
 
-def _run(selective: bool, compiled: bool, backend: str) -> tuple[Tensor, list[str]]:
+def _run(selective: bool, compiled: bool, backend: str, reentrant: bool) -> tuple[Tensor, list[str]]:
     arguments: dict[str, Any] = {"context_fn": fvops.compiler.checkpoint_context_fn} if selective else {}
 
     def function(x: Tensor) -> Tensor:
-        return checkpoint(_block, x, use_reentrant=False, **arguments).sin()
+        return checkpoint(_block, x, use_reentrant=reentrant, **arguments).sin()
 
     x = torch.rand(1, 4, 4, 2, generator=torch.Generator().manual_seed(fvops.get_sp_group().rank_in_group))
     x.requires_grad_()
@@ -39,9 +39,9 @@ def _run(selective: bool, compiled: bool, backend: str) -> tuple[Tensor, list[st
     return x.grad, [op for _, op, _ in canonical(records)]
 
 
-def _both(selective: bool, backend: str) -> tuple[list[str], list[str]]:
-    expected, eager = _run(selective, False, backend)
-    got, compiled = _run(selective, True, backend)
+def _both(selective: bool, backend: str, reentrant: bool = False) -> tuple[list[str], list[str]]:
+    expected, eager = _run(selective, False, backend, reentrant)
+    got, compiled = _run(selective, True, backend, reentrant)
     torch.testing.assert_close(got, expected)
     return eager, compiled
 
@@ -64,3 +64,10 @@ def test_results_are_saved_not_received_again(two_ranks: Ranks, selective: bool,
         assert compiled == FORWARD + BACKWARD
         # Eager repeats a plain region whole; with our context_fn it repeats no collective.
         assert eager == FORWARD + ([] if selective else FORWARD) + BACKWARD
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_reentrant_region_too(two_ranks: Ranks, backend: str) -> None:
+    for eager, compiled in two_ranks.run(_both, False, backend, True, deadline_s=200):
+        assert compiled == FORWARD + BACKWARD
+        assert eager == FORWARD + FORWARD + BACKWARD
