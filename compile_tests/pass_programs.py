@@ -221,7 +221,7 @@ ABSORBED: dict[str, tuple[Program, int, int]] = {
     "projected twice": (_projected_twice, 2, 0),
     "projected before": (lambda x: _projected_before(x, bias=False), 0, 1),
     "projected before with a bias": (lambda x: _projected_before(x, bias=True), 0, 1),
-    "projected and summed": (_only_summed, 0, 0),
+    "projected and summed": (_only_summed, 1, 0),
 }
 
 PROGRAMS: dict[str, Program] = {

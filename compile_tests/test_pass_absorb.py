@@ -137,6 +137,8 @@ def _check(ranks: Ranks, names: list[str], train: bool, batch: int = 1, dynamic:
     for found, reads, writes in ranks.run(_compare, names, train, batch, dynamic, deadline_s=400):
         for name, (eager, compiled) in found.items():
             assert compiled == eager, name
+        if dynamic:
+            continue  # H and D are symbols then, and exchanges of symbols are left alone, or made into numbers by a guard
         if not train:
             assert (reads, writes) == (read, written)
         else:
