@@ -210,20 +210,24 @@ class GroupObjects:
     def _over_the_queue(self, where: str, obj: Any, src: int) -> Any:
         if src != 0:
             raise ValueError(f"{where}: the group has a message queue, which place 0 writes; src must be 0, got {src}")
-        try:
-            return self.mq_broadcaster.broadcast_object(obj, self.timeout_s)  # type: ignore[union-attr]
-        except TimeoutError as error:
-            raise RuntimeError(f"{where} failed among global ranks {self.ranks}: {error}") from error
+        with self._naming(where):
+            try:
+                return self.mq_broadcaster.broadcast_object(obj, self.timeout_s)  # type: ignore[union-attr]
+            except TimeoutError as error:
+                raise RuntimeError(str(error)) from error
 
     @contextlib.contextmanager
     def _naming(self, where: str) -> Iterator[None]:
-        """Errors of the process groups inside say `where` they were, and break the group."""
+        """Errors of the process groups and the queue inside say `where` they were, and break the group."""
         try:
             with objects.naming(where, self.ranks):
                 yield
         except RuntimeError as error:
             if not isinstance(error, RecursionError) and self._communicator is not None:
                 self._communicator.break_with(str(error))
+                if self.mq_broadcaster is not None:
+                    # Who waits for this rank's next object, or for it to read one, is told at once.
+                    self.mq_broadcaster.close()
             raise
 
     def _check_object_call(self, op: str, what: str, place: int) -> str:

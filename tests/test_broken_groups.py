@@ -104,7 +104,7 @@ def test_a_refusal_does_not_break_a_group(two_ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("timeout_s", [0, -1.0, float("inf"), float("nan")])
 def test_a_deadline_that_is_none_is_refused(timeout_s: float) -> None:
-    from fvops.group_coordinator import _deadline
+    from fvops import envs
 
     with pytest.raises(ValueError, match=f"timeout_s={timeout_s} must be"):
-        _deadline(timeout_s)
+        envs.deadline(timeout_s)

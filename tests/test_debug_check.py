@@ -139,10 +139,9 @@ def _left(how: str) -> str:
     from fvops.debug import check, check_collectives
 
     with initialized(suffix="a"):
-        before = os.environ["FVOPS_TIMEOUT_S"]
-        os.environ["FVOPS_TIMEOUT_S"] = "2" if how == "is late" else before
-        group = fvops.initialize_sequence_parallel_group(fvops.get_world_size(), group_name_suffix="brief")
-        os.environ["FVOPS_TIMEOUT_S"] = before
+        group = fvops.initialize_sequence_parallel_group(
+            fvops.get_world_size(), group_name_suffix="brief", timeout_s=2.0 if how == "is late" else None
+        )
         last, store = group.rank_in_group == group.world_size - 1, dist.distributed_c10d._get_default_store()
         text = ""
         with check_collectives():
