@@ -13,6 +13,7 @@ import torch
 
 from tests import harness
 from tests.harness import RankFailure, Ranks
+from tests.refusal import refusal
 from tests.worlds import initialized
 
 
@@ -21,11 +22,7 @@ def told(call: Any) -> str:
     from fvops.debug import check_collectives
 
     with check_collectives():
-        try:
-            call()
-        except RuntimeError as error:
-            return str(error)
-    return ""
+        return refusal(call)
 
 
 def _agree() -> list[str]:
