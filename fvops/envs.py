@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["VARIABLES", "Variable"]
+__all__ = ["VARIABLES", "Variable", "deadline"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,15 @@ VARIABLES: dict[str, Variable] = {
     "WORLD_SIZE": Variable(int, 1, "how many processes there are (set by torchrun)"),
     "LOCAL_RANK": Variable(int, 0, "this process's place on its node (set by torchrun)"),
 }
+
+
+def deadline(timeout_s: float | None) -> float:
+    """`timeout_s`, or where that is None ``FVOPS_TIMEOUT_S``; ValueError unless it is finite and above 0 seconds."""
+    if timeout_s is None:
+        return float(__getattr__("FVOPS_TIMEOUT_S"))
+    if not 0 < timeout_s < float("inf"):
+        raise ValueError(f"timeout_s={timeout_s} must be a finite number of seconds above 0")
+    return float(timeout_s)
 
 
 def __getattr__(name: str) -> Any:

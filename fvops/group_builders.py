@@ -8,7 +8,15 @@ import torch.distributed as dist
 from fvops.group_coordinator import GroupCoordinator
 from fvops.node import get_same_node_ranks
 
-__all__ = ["consecutive_ranks", "group_in_world", "init_model_parallel_group", "init_world_group", "node_ranks"]
+__all__ = [
+    "another_group",
+    "consecutive_ranks",
+    "data_parallel_ranks",
+    "group_in_world",
+    "init_model_parallel_group",
+    "init_world_group",
+    "node_ranks",
+]
 
 
 def consecutive_ranks(world_size: int, size: int, what: str) -> list[list[int]]:
@@ -16,6 +24,17 @@ def consecutive_ranks(world_size: int, size: int, what: str) -> list[list[int]]:
     if size < 1 or world_size % size != 0:
         raise ValueError(f"{what}={size} must divide the world size {world_size}")
     return [list(range(start, start + size)) for start in range(0, world_size, size)]
+
+
+def data_parallel_ranks(world_size: int, sequence_size: int, size: int) -> list[list[int]]:
+    """The DP groups ``range(i, world_size, sequence_size)``; ValueError unless `size` is theirs, or 1 (derive it)."""
+    derived = world_size // sequence_size
+    if size not in (1, derived):
+        raise ValueError(
+            f"data_parallel_size={size} must be 1 (derive it) or world size {world_size} / "
+            f"sequence_model_parallel_size {sequence_size} = {derived}"
+        )
+    return [list(range(start, world_size, sequence_size)) for start in range(sequence_size)]
 
 
 def node_ranks(cpu_group: dist.ProcessGroup, world_size: int) -> list[list[int]]:
@@ -82,3 +101,12 @@ def group_in_world(
         device=world.device if same else None,
         timeout_s=timeout_s,
     )
+
+
+def another_group(
+    world: GroupCoordinator, kind: str, size: int, backend: str | None, suffix: str, timeout_s: float | None
+) -> GroupCoordinator:
+    """One more group of `kind` ("tp", "sp") beside the current one, named ``{kind}_{suffix}``; as `group_in_world`."""
+    what = {"tp": "tensor", "sp": "sequence"}[kind]
+    ranks = consecutive_ranks(world.world_size, size, f"{what}_model_parallel_size")
+    return group_in_world(world, ranks, f"{kind}_{suffix}" if suffix else kind, backend, timeout_s)

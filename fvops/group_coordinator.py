@@ -81,7 +81,7 @@ class GroupCoordinator(GroupObjects):
             raise RuntimeError("torch.distributed is not initialized; call init_distributed_environment first")
         rank = dist.get_rank()
         _check_group_ranks(group_ranks, group_name)
-        self.timeout_s = _deadline(timeout_s)
+        self.timeout_s = envs.deadline(timeout_s)
         deadline = timedelta(seconds=self.timeout_s)
         device_group: Any = None
         cpu_group: Any = None
@@ -156,7 +156,7 @@ class GroupCoordinator(GroupObjects):
         """
         if not isinstance(pg, dist.ProcessGroup):
             raise TypeError(f"pg must be a ProcessGroup that this rank is in, got {type(pg).__name__}")
-        deadline = _deadline(timeout_s)
+        deadline = envs.deadline(timeout_s)
         cpu_group, owned_groups = pg, []
         if dist.get_backend(pg) != "gloo":
             cpu_group = dist.new_group(
@@ -344,6 +344,8 @@ class GroupCoordinator(GroupObjects):
             if dist.is_initialized():
                 dist.destroy_process_group(group)
         self._owned_groups = []
+        # Gloo closes its sockets with the last reference, and a program may keep this object.
+        self.device_group = self.cpu_group = None  # type: ignore[assignment]
         _live.remove(self)
         if not _live:
             patience.stop()
@@ -351,14 +353,6 @@ class GroupCoordinator(GroupObjects):
     def _need_partner(self, op: str) -> None:
         if self.world_size == 1:
             checks.fail(RuntimeError, f"{checks.where(op, self.unique_name)}: a group of one rank has no partner")
-
-
-def _deadline(timeout_s: float | None) -> float:
-    if timeout_s is None:
-        return float(envs.FVOPS_TIMEOUT_S)
-    if not 0 < timeout_s < float("inf"):
-        raise ValueError(f"timeout_s={timeout_s} must be a finite number of seconds above 0")
-    return float(timeout_s)
 
 
 def _check_group_ranks(group_ranks: list[list[int]], group_name: str | None) -> None:

@@ -50,6 +50,7 @@ class GroupObjects:
         where = self._check_object_call("broadcast_object", "src", src)
         if self.world_size == 1:
             return obj
+        self._compare("broadcast_object", src=src)
         if self.mq_broadcaster is not None:
             return self._over_the_queue(where, obj, src)
         with self._naming(where):
@@ -66,6 +67,7 @@ class GroupObjects:
         where = self._check_object_call("broadcast_object_list", "src", src)
         if self.world_size == 1:
             return obj_list
+        self._compare("broadcast_object_list", src=src)
         if group is None and self.mq_broadcaster is not None:
             obj_list[:] = self._over_the_queue(where, list(obj_list), src)
             return obj_list
@@ -81,6 +83,7 @@ class GroupObjects:
             RuntimeError: the group has one rank, or an earlier send was not received within the deadline.
         """
         where = self._check_partner("send_object", "dst", dst)
+        self._compare("send_object", dst=dst)
         message = objects.pack(obj)
         with self._naming(where):
             objects.send_message(message, self.ranks[dst], self.cpu_group, self._sends())
@@ -94,6 +97,7 @@ class GroupObjects:
             RuntimeError: the group has one rank, or nothing came within the deadline.
         """
         where = self._check_partner("recv_object", "src", src)
+        self._compare("recv_object", src=src)
         with self._naming(where):
             data = objects.recv_message(self.ranks[src], self.cpu_group)
         return decode(data)
@@ -120,6 +124,7 @@ class GroupObjects:
         where = self._check_object_call("broadcast_tensor_dict", "src", src)
         if self.world_size == 1:
             return tensor_dict
+        self._compare("broadcast_tensor_dict", src=src)
         over = {"cpu": metadata_group or self.cpu_group, "device": group or self.device_group}
         root = self.ranks[src]
 
@@ -153,6 +158,7 @@ class GroupObjects:
         if self.world_size == 1:
             return tensor_dict
         self._check_partner("send_tensor_dict", "dst", dst)
+        self._compare("send_tensor_dict", dst=dst)
         n, k = (1, 0) if all_gather_group is None else (all_gather_group.world_size, all_gather_group.rank_in_group)
         message, tensors = _pack(tensor_dict, self.device, where, (n, k))
         with self._naming(where):
@@ -176,6 +182,7 @@ class GroupObjects:
         if self.world_size == 1:
             return None
         self._check_partner("recv_tensor_dict", "src", src)
+        self._compare("recv_tensor_dict", src=src)
         own = (1, 0) if all_gather_group is None else (all_gather_group.world_size, all_gather_group.rank_in_group)
 
         sent: set[tuple[int, int]] = {own}
@@ -210,20 +217,24 @@ class GroupObjects:
     def _over_the_queue(self, where: str, obj: Any, src: int) -> Any:
         if src != 0:
             raise ValueError(f"{where}: the group has a message queue, which place 0 writes; src must be 0, got {src}")
-        try:
-            return self.mq_broadcaster.broadcast_object(obj, self.timeout_s)  # type: ignore[union-attr]
-        except TimeoutError as error:
-            raise RuntimeError(f"{where} failed among global ranks {self.ranks}: {error}") from error
+        with self._naming(where):
+            try:
+                return self.mq_broadcaster.broadcast_object(obj, self.timeout_s)  # type: ignore[union-attr]
+            except TimeoutError as error:
+                raise RuntimeError(str(error)) from error
 
     @contextlib.contextmanager
     def _naming(self, where: str) -> Iterator[None]:
-        """Errors of the process groups inside say `where` they were, and break the group."""
+        """Errors of the process groups and the queue inside say `where` they were, and break the group."""
         try:
             with objects.naming(where, self.ranks):
                 yield
         except RuntimeError as error:
             if not isinstance(error, RecursionError) and self._communicator is not None:
                 self._communicator.break_with(str(error))
+                if self.mq_broadcaster is not None:
+                    # Who waits for this rank's next object, or for it to read one, is told at once.
+                    self.mq_broadcaster.close()
             raise
 
     def _check_object_call(self, op: str, what: str, place: int) -> str:
@@ -238,6 +249,12 @@ class GroupObjects:
         registry.resolve(self.unique_name, self.world_size).refuse_if_broken(op)
         checks.check_peer(op, self.unique_name, what, place, self.rank_in_group, self.world_size)
         return where
+
+    def _compare(self, op: str, **arguments: int) -> None:
+        """Under `check_collectives`, be sure that the other ranks are about to do this too."""
+        sends = op.startswith("send")
+        peer = None if op.startswith("broadcast") else arguments["dst" if sends else "src"]
+        registry.resolve(self.unique_name, self.world_size).compare_objects(op, peer, sends, arguments)
 
     def _sends(self) -> PendingSends:
         if self._object_sends is None:

@@ -19,7 +19,9 @@ from fvops import envs
 from fvops.agreement import check_same_ops
 from fvops.checks import fail
 from fvops.group_builders import (
+    another_group,
     consecutive_ranks,
+    data_parallel_ranks,
     group_in_world,
     init_model_parallel_group,
     init_world_group,
@@ -236,16 +238,7 @@ def initialize_model_parallel(
         raise RuntimeError("model-parallel groups are initialized already; call destroy_model_parallel first")
     tp_ranks = consecutive_ranks(world.world_size, tensor_model_parallel_size, "tensor_model_parallel_size")
     sp_ranks = consecutive_ranks(world.world_size, sequence_model_parallel_size, "sequence_model_parallel_size")
-    derived = world.world_size // sequence_model_parallel_size
-    if data_parallel_size not in (1, derived):
-        raise ValueError(
-            f"data_parallel_size={data_parallel_size} must be 1 (derive it) or world size {world.world_size} / "
-            f"sequence_model_parallel_size {sequence_model_parallel_size} = {derived}"
-        )
-    dp_ranks = [
-        list(range(start, world.world_size, sequence_model_parallel_size))
-        for start in range(sequence_model_parallel_size)
-    ]
+    dp_ranks = data_parallel_ranks(world.world_size, sequence_model_parallel_size, data_parallel_size)
     _TP = group_in_world(world, tp_ranks, "tp", backend, timeout_s)
     _SP = group_in_world(world, sp_ranks, "sp", backend, timeout_s)
     _DP = group_in_world(world, dp_ranks, "dp", backend, timeout_s)
@@ -297,32 +290,39 @@ def model_parallel_is_initialized() -> bool:
 
 
 def initialize_tensor_parallel_group(
-    tensor_model_parallel_size: int = 1, backend: str | None = None, group_name_suffix: str = ""
+    tensor_model_parallel_size: int = 1,
+    backend: str | None = None,
+    group_name_suffix: str = "",
+    *,
+    timeout_s: float | None = None,
 ) -> GroupCoordinator:
     """One more TP group, for a second model with another degree; named ``tp_{suffix}``. Collective over the world.
 
+    Args:
+        timeout_s: deadline of each wait in it, seconds; default ``FVOPS_TIMEOUT_S``.
+
     Raises:
         ValueError: the size does not divide the world.
     """
-    return _another_group("tp", tensor_model_parallel_size, "tensor_model_parallel_size", backend, group_name_suffix)
+    return another_group(get_world_group(), "tp", tensor_model_parallel_size, backend, group_name_suffix, timeout_s)
 
 
 def initialize_sequence_parallel_group(
-    sequence_model_parallel_size: int = 1, backend: str | None = None, group_name_suffix: str = ""
+    sequence_model_parallel_size: int = 1,
+    backend: str | None = None,
+    group_name_suffix: str = "",
+    *,
+    timeout_s: float | None = None,
 ) -> GroupCoordinator:
     """One more SP group, for a second model with another degree; named ``sp_{suffix}``. Collective over the world.
+
+    Args:
+        timeout_s: deadline of each wait in it, seconds; default ``FVOPS_TIMEOUT_S``.
 
     Raises:
         ValueError: the size does not divide the world.
     """
-    size = sequence_model_parallel_size
-    return _another_group("sp", size, "sequence_model_parallel_size", backend, group_name_suffix)
-
-
-def _another_group(kind: str, size: int, what: str, backend: str | None, suffix: str) -> GroupCoordinator:
-    world = get_world_group()
-    ranks = consecutive_ranks(world.world_size, size, what)
-    return group_in_world(world, ranks, f"{kind}_{suffix}" if suffix else kind, backend)
+    return another_group(get_world_group(), "sp", sequence_model_parallel_size, backend, group_name_suffix, timeout_s)
 
 
 @contextlib.contextmanager

@@ -27,16 +27,17 @@ _SENT, _FAILED = b"\0", b"\1"
 
 @dataclass
 class StatelessProcessGroup:
-    """`world_size` processes that share `store`; this one is `rank`. Every wait ends after ``FVOPS_TIMEOUT_S``.
+    """`world_size` processes that share `store`; this one is `rank`. Every wait ends after `timeout_s`.
 
     Every rank must make the group, the k-th time on one rank meeting the k-th time on the others. Not for several
     threads at once.
 
     Args:
         data_expiration_seconds: messages that nobody has read are removed after so long.
+        timeout_s: deadline of each wait for the other ranks, seconds; default ``FVOPS_TIMEOUT_S``.
 
     Raises:
-        ValueError: `rank` is not in ``range(world_size)``.
+        ValueError: `rank` is not in ``range(world_size)``, or `timeout_s` is no finite number above 0.
         RuntimeError: the store cannot be reached.
     """
 
@@ -49,12 +50,15 @@ class StatelessProcessGroup:
     broadcast_send_counter: int = 0
     broadcast_recv_src_counter: dict[int, int] = field(default_factory=dict)
     entries: deque[tuple[str, float]] = field(default_factory=deque)
+    timeout_s: float | None = field(default=None, kw_only=True)
     _life: int = field(default=0, init=False, repr=False)
     _barriers: int = field(default=0, init=False, repr=False)
+    _seconds: float = field(default=0.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank={self.rank} is not in a group of {self.world_size}")
+        self._seconds = envs.deadline(self.timeout_s)
         everyone = range(self.world_size)
         for counter in (self.send_dst_counter, self.recv_src_counter, self.broadcast_recv_src_counter):
             counter.update({place: 0 for place in everyone if place not in counter})
@@ -62,20 +66,29 @@ class StatelessProcessGroup:
 
     @staticmethod
     def create(
-        host: str, port: int, rank: int, world_size: int, data_expiration_seconds: float = 3600
+        host: str,
+        port: int,
+        rank: int,
+        world_size: int,
+        data_expiration_seconds: float = 3600,
+        *,
+        timeout_s: float | None = None,
     ) -> StatelessProcessGroup:
         """A group with a store of its own, which rank 0 serves on ``host:port``: on that address only.
 
+        Args:
+            timeout_s: as for the class; also how long rank 0 is waited for here.
+
         Raises:
-            ValueError: `rank` or `port` is out of range.
+            ValueError: `rank`, `port` or `timeout_s` is out of range.
             RuntimeError: `host` is no address of rank 0's machine, the port is taken, or rank 0 cannot be reached
-                within ``FVOPS_TIMEOUT_S``.
+                within `timeout_s`.
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} is not in a group of {world_size}")
         if not 0 < port < 65536:
             raise ValueError(f"port={port} is no TCP port; 1 to 65535 are")
-        deadline = timedelta(seconds=envs.FVOPS_TIMEOUT_S)
+        deadline = timedelta(seconds=envs.deadline(timeout_s))
         # Given no socket, torch's store listens on all interfaces.
         listening: dict[str, Any] = {} if rank else {"master_listen_fd": _listen(host, port)}
         try:
@@ -84,15 +97,21 @@ class StatelessProcessGroup:
             )
         except RuntimeError as error:
             raise RuntimeError(f"rank {rank} cannot reach the store of rank 0 at {host}:{port}: {error}") from error
-        return StatelessProcessGroup(rank, world_size, store, data_expiration_seconds)
+        return StatelessProcessGroup(rank, world_size, store, data_expiration_seconds, timeout_s=timeout_s)
 
     @staticmethod
     def over_store(
-        store: dist.Store, name: str, rank: int, world_size: int, data_expiration_seconds: float = 3600
+        store: dist.Store,
+        name: str,
+        rank: int,
+        world_size: int,
+        data_expiration_seconds: float = 3600,
+        *,
+        timeout_s: float | None = None,
     ) -> StatelessProcessGroup:
         """A group over a store that others use too: all its keys begin with `name`. An addition of ours."""
         scoped = dist.PrefixStore(f"fvops/stateless/{name}", store)
-        return StatelessProcessGroup(rank, world_size, scoped, data_expiration_seconds)
+        return StatelessProcessGroup(rank, world_size, scoped, data_expiration_seconds, timeout_s=timeout_s)
 
     def send_obj(self, obj: Any, dst: int) -> None:
         """Leave `obj` for rank `dst`, without waiting for it.
@@ -157,7 +176,7 @@ class StatelessProcessGroup:
         """Return once every rank has come. Rank 0, which may serve the store, returns last.
 
         Raises:
-            RuntimeError: ranks did not come within ``FVOPS_TIMEOUT_S``; they are named.
+            RuntimeError: ranks did not come within `timeout_s`; they are named.
         """
         count = self._barriers
         self._barriers += 1
@@ -195,7 +214,7 @@ class StatelessProcessGroup:
             raise message.failure
 
     def _take(self, name: str, src: int) -> tuple[bytearray, list[str]]:
-        seconds = envs.FVOPS_TIMEOUT_S
+        seconds = self._seconds
         try:
             return store_messages.take(self.store, self._key(name), seconds)
         except store_messages.StoreTimeout as error:
@@ -212,7 +231,7 @@ class StatelessProcessGroup:
         return decode(memoryview(data)[1:])
 
     def _wait(self, keys: list[str], what: str) -> None:
-        seconds = envs.FVOPS_TIMEOUT_S
+        seconds = self._seconds
         try:
             store_messages.wait_for(self.store, keys, seconds)
         except store_messages.StoreTimeout as error:

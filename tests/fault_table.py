@@ -1,12 +1,14 @@
 """What can go wrong, as data: each fault with what its culprit does and what the other ranks must be told.
 
-The culprit is the last rank, but for the store's server, which is the first. `tests/fault_run.py` carries one out,
-`tests/test_faults.py` runs all, and `tools/reliability_matrix.py` makes docs/reliability.md of the results.
+The culprit is the last rank, but for the store's server and the queue's writer, who are the first.
+`tests/fault_run.py` carries one out, `tests/test_faults.py` runs all, and `tools/reliability_matrix.py` makes
+docs/reliability.md of the results.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["FAULTS", "MODES", "QUICK", "TRANSPORTS", "WORLDS", "Cell", "Fault", "cells"]
 
@@ -22,7 +24,8 @@ class Fault:
     Attributes:
         name: as in the matrix.
         act: what the culprit does: "kill" or "stop" (itself), "raise" (an exception ends its program, which cleans up),
-            "late", "destroy" (its group), "full" (there is no shared memory for its group), or a call that differs.
+            "late", "destroy" (its group), "full" (there is no shared memory for its group), "writer" or "reader" (of a
+            message queue: killed), "unread" (it reads nothing from one), or a call that differs.
         when: before, during or after a collective.
         says: a regular expression that every other rank's error must match; ``{culprit}`` is its place.
         checked: the ranks run under `check_collectives`, which promises the same words on every transport.
@@ -40,7 +43,16 @@ class Fault:
     @property
     def dies(self) -> bool:
         """Does the culprit's process end?"""
-        return self.act in ("kill", "stop", "server")
+        return self.act in ("kill", "stop", "server", "writer", "reader")
+
+    @property
+    def queued(self) -> bool:
+        """Do the ranks broadcast objects over a message queue, instead of running collectives?"""
+        return self.act in ("writer", "reader", "unread")
+
+    def culprit(self, world_size: int) -> int:
+        """The rank that commits or suffers it."""
+        return 0 if self.act in ("server", "writer") else world_size - 1
 
 
 _NAMED = r"fvops\.\w+ on group 'brief:0'.* failed .*place {culprit}\b"
@@ -49,6 +61,12 @@ _TOLD = r"fvops\.\w+ on group 'brief:0'.* failed "
 _TABLE = (
     r"was not issued, the ranks do not agree: (the ranks' {what} differ|rank \d+ was refused)(.|\n)*\n  {culprit} +\|"
 )
+# The writer knows who does not read; it leaves the queue, and that is what the other readers learn, unless their own
+# deadlines pass in that moment.
+_QUEUE = (
+    _TOLD + r".*(place {culprit}, a reader, .* %s|place 0, the writer, .* (has left the queue|did not come in time))"
+)
+_ONE_QUEUE: Any = {"transports": ("shm",), "modes": ("eager",)}
 
 FAULTS = [
     *(Fault(f"SIGKILL {when} a collective", "kill", when, _NAMED) for when in ("before", "during", "after")),
@@ -70,6 +88,15 @@ FAULTS = [
         modes=("eager",),
     ),
     Fault("the store's server gone", "server", "before", _TOLD),
+    Fault("the message queue full", "unread", "before", _QUEUE % "did not come in time", **_ONE_QUEUE),
+    Fault(
+        "the message queue's writer dead",
+        "writer",
+        "during",
+        _TOLD + r".*place 0, the writer, .* has died",
+        **_ONE_QUEUE,
+    ),
+    Fault("a reader of the message queue dead", "reader", "during", _QUEUE % "has died", **_ONE_QUEUE),
 ]
 
 
@@ -109,4 +136,5 @@ QUICK = {
     "destroy while a peer is inside a call, 2 ranks, eager, shm",
     "/dev/shm full, 2 ranks, eager, shm",
     "the store's server gone, 2 ranks, eager, shm",
+    "the message queue's writer dead, 2 ranks, eager, shm",
 }

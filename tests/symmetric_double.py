@@ -114,7 +114,10 @@ class SharedBuffer:
 
 
 def delays(seed: int, most_s: float) -> Any:
-    """A function that sleeps for a random time, often none: ranks that call it drift apart."""
+    """A function that sleeps for a random time, often none: ranks that call it drift apart.
+
+    Meant to provoke: a missing signal between ranks shows where one is late. No test passes because of a delay.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def sleep() -> None:

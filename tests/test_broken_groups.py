@@ -10,6 +10,7 @@ import torch
 
 from tests import harness
 from tests.harness import Ranks
+from tests.refusal import refusal
 from tests.worlds import tear_down
 
 TRANSPORTS = ["shm", "process_group", "nccl", "hccl"]
@@ -21,14 +22,6 @@ CALLS: dict[str, Any] = {
     "broadcast_object": lambda g: g.broadcast_object("x"),
     "send_object": lambda g: g.send_object("x", (g.rank_in_group + 1) % g.world_size),
 }
-
-
-def _error(call: Any) -> str:
-    try:
-        call()
-    except RuntimeError as error:
-        return str(error)
-    return "NOT REFUSED"
 
 
 def _fail_and_start_over() -> list[Any]:
@@ -46,8 +39,8 @@ def _fail_and_start_over() -> list[Any]:
     texts = []
     group.all_reduce(torch.ones(3))
     if not last:
-        texts.append(_error(lambda: group.all_gather(torch.ones(4))))
-        texts += [_error(lambda call=call: call(group)) for call in CALLS.values()]
+        texts.append(refusal(lambda: group.all_gather(torch.ones(4))))
+        texts += [refusal(lambda call=call: call(group)) for call in CALLS.values()]
         store.set(f"told/{group.rank_in_group}", "")
     # The last one stays until all have told: a connection that goes away would be another failure.
     store.wait([f"told/{place}" for place in range(P - 1)], timedelta(seconds=60))
@@ -104,7 +97,7 @@ def test_a_refusal_does_not_break_a_group(two_ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("timeout_s", [0, -1.0, float("inf"), float("nan")])
 def test_a_deadline_that_is_none_is_refused(timeout_s: float) -> None:
-    from fvops.group_coordinator import _deadline
+    from fvops import envs
 
     with pytest.raises(ValueError, match=f"timeout_s={timeout_s} must be"):
-        _deadline(timeout_s)
+        envs.deadline(timeout_s)

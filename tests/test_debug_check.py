@@ -13,6 +13,7 @@ import torch
 
 from tests import harness
 from tests.harness import RankFailure, Ranks
+from tests.refusal import refusal
 from tests.worlds import initialized
 
 
@@ -21,11 +22,7 @@ def told(call: Any) -> str:
     from fvops.debug import check_collectives
 
     with check_collectives():
-        try:
-            call()
-        except RuntimeError as error:
-            return str(error)
-    return ""
+        return refusal(call)
 
 
 def _agree() -> list[str]:
@@ -46,6 +43,13 @@ def _agree() -> list[str]:
             group.gather(x.detach(), 1)
             group.send(torch.ones(2, 3), (rank + 1) % P)
             group.recv((6,), torch.float32, (rank - 1) % P)
+            group.broadcast_object({"rank": rank}, src=P - 1)
+            group.broadcast_object_list([rank])
+            group.broadcast_tensor_dict({"x": torch.ones(2)} if rank == 0 else None)
+            group.send_object("x", (rank + 1) % P)
+            group.recv_object((rank - 1) % P)
+            group.send_tensor_dict({"x": torch.ones(rank + 1)})
+            group.recv_tensor_dict()
             group.barrier()
             torch.ops.fvops.reduce(x.detach(), "sum", 1, P, group.unique_name)
 
@@ -79,6 +83,9 @@ def _differ(kind: str) -> str:
         "dim": lambda: group.all_gather(x, 1 if odd else 0),
         "reduction": lambda: group.all_reduce(x, torch.distributed.ReduceOp.MAX if odd else None),
         "src": lambda: group.broadcast(x, int(odd)),
+        "an object": lambda: group.broadcast_object(1) if odd else group.all_reduce(x),
+        "object src": lambda: group.broadcast_object(1, int(odd)),
+        "objects": lambda: group.broadcast_tensor_dict({}) if odd else group.broadcast_object_list([1]),
         "splits": lambda: group.all_to_all_single(torch.ones(P, 2), [*rows[:-1], 1 + odd], rows),
     }
     return told(calls[kind])
@@ -91,6 +98,9 @@ WORDS = {
     "dim": "the ranks' arguments differ",
     "reduction": "the ranks' arguments differ",
     "src": "the ranks' arguments differ",
+    "an object": "the ranks' ops differ",
+    "object src": "the ranks' arguments differ",
+    "objects": "the ranks' ops differ",
     "splits": "which expects 2",
 }
 
@@ -139,10 +149,9 @@ def _left(how: str) -> str:
     from fvops.debug import check, check_collectives
 
     with initialized(suffix="a"):
-        before = os.environ["FVOPS_TIMEOUT_S"]
-        os.environ["FVOPS_TIMEOUT_S"] = "2" if how == "is late" else before
-        group = fvops.initialize_sequence_parallel_group(fvops.get_world_size(), group_name_suffix="brief")
-        os.environ["FVOPS_TIMEOUT_S"] = before
+        group = fvops.initialize_sequence_parallel_group(
+            fvops.get_world_size(), group_name_suffix="brief", timeout_s=2.0 if how == "is late" else None
+        )
         last, store = group.rank_in_group == group.world_size - 1, dist.distributed_c10d._get_default_store()
         text = ""
         with check_collectives():
@@ -183,6 +192,26 @@ def test_a_message_that_does_not_fit_is_told_on_both_ends(two_ranks: Ranks) -> N
     assert "rank 1 was refused a call" in sender
     for text in (sender, receiver):
         assert "(4,)" in text
+
+
+def _kinds_differ() -> list[str]:
+    """An object is sent where a tensor is received; the group is broken then, for objects too."""
+    import fvops
+
+    with initialized(suffix="a"):
+        group = fvops.get_sp_group()
+        if group.rank_in_group == 0:
+            texts = [told(lambda: (group.send_object("x", 1), group.barrier()))]
+        else:
+            texts = [told(lambda: group.recv((4,), torch.float32))]
+        return [*texts, told(lambda: group.broadcast_object(1))]
+
+
+def test_a_message_of_another_kind_is_told_on_both_ends(two_ranks: Ranks) -> None:
+    (sender, *after), (receiver, *later) = two_ranks.run(_kinds_differ, initialize=False, deadline_s=60)
+    assert "a recv meets a send_object" in receiver
+    assert "rank 1 was refused a call" in sender
+    assert all("this group is broken" in text for text in (*after, *later))
 
 
 def _die(folder: str) -> None:

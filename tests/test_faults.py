@@ -33,7 +33,7 @@ def _free_port() -> int:
 @pytest.mark.parametrize("cell", _parameters())
 def test_a_fault(cell: Cell, tmp_path: Path) -> None:
     fault, P = cell.fault, cell.world_size
-    culprit = 0 if fault.act == "server" else P - 1
+    culprit = fault.culprit(P)
     ranks = Ranks.get(P, cell.transport)
     job = (suffer, fault.name, cell.mode, str(tmp_path), _free_port())
     if fault.dies:

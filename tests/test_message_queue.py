@@ -146,7 +146,9 @@ def _death(victim: int) -> str:
     raise ValueError(f"told: {caught.value}")
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, id="writer"), pytest.param(1, id="reader", marks=pytest.mark.slow)])
+# Quick is the same in a group, which tests/fault_table.py has.
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [pytest.param(0, id="writer"), pytest.param(1, id="reader")])
 def test_death_is_found_out(victim: int) -> None:
     with pytest.raises(RankFailure) as caught:
         Ranks.get(2).run(_death, victim, deadline_s=60)

@@ -109,6 +109,17 @@ def test_a_wait_ends_and_says_for_whom(monkeypatch: pytest.MonkeyPatch) -> None:
     assert other.recv_obj(0) == "late"
 
 
+def test_a_group_has_a_deadline_of_its_own() -> None:
+    one, other = (StatelessProcessGroup.over_store(dist.HashStore(), "a", rank, 2, timeout_s=0.2) for rank in range(2))
+    for call in (lambda: other.recv_obj(0), lambda: other.broadcast_obj(None, 0), one.barrier):
+        with pytest.raises(RuntimeError, match=r"waited 0\.2 s"):
+            call()
+    with pytest.raises(RuntimeError, match=r"rank 1 cannot reach the store of rank 0"):
+        StatelessProcessGroup.create("127.0.0.1", _free_port(), 1, 2, timeout_s=0.5)
+    with pytest.raises(ValueError, match="timeout_s=0 must be"):
+        StatelessProcessGroup(0, 1, dist.HashStore(), timeout_s=0)
+
+
 def test_the_barrier_waits_and_leaves_nothing() -> None:
     store = dist.HashStore()
     ((one, other),) = _two(store, ["a"])

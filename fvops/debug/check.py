@@ -10,6 +10,7 @@ import atexit
 import threading
 from dataclasses import replace
 from types import TracebackType
+from typing import Any
 
 import torch.distributed as dist
 
@@ -22,7 +23,7 @@ from fvops.debug.processes import this_process
 from fvops.debug.standstill import Notice, left_key, notice_key, seen_last, stuck
 from fvops.logger import init_logger
 
-__all__ = ["Checking", "MismatchError", "check_collectives", "follow_variable", "leave"]
+__all__ = ["Checking", "MismatchError", "check_collectives", "compare_objects", "follow_variable", "leave"]
 
 logger = init_logger(__name__)
 
@@ -74,6 +75,16 @@ def check_collectives() -> Checking:
     return Checking()
 
 
+def compare_objects(member: Member, op: str, arguments: dict[str, Any], way: str, number: int) -> None:
+    """Compare a call that moves objects, beside any transport, like a collective, if checking is on.
+
+    Raises:
+        MismatchError: the ranks do not agree.
+    """
+    if _open:
+        _check(Call(member, op, (), arguments, way, number))
+
+
 def follow_variable() -> None:
     """Turn checking on, or off again, as ``FVOPS_DEBUG`` says now; called when a group is made."""
     global _for_variable
@@ -118,8 +129,10 @@ def _check(call: Call) -> None:
         number = _counts[member.life, call.way] = _counts.get((member.life, call.way), 0) + 1
     _announce_exit()
     path = f"call/{member.life}/{call.way}"
-    source = call.arguments["src"] if call.op == "recv" else None
-    awaited = [] if call.op == "send" else [source] if source is not None else _others(member)
+    # Of a message: `send`, `send_object`, `send_tensor_dict` and their counterparts.
+    sends = call.way != _COLLECTIVE and call.op.startswith("send")
+    source = call.arguments["src"] if call.way != _COLLECTIVE and not sends else None
+    awaited = [] if sends else [source] if source is not None else _others(member)
     ranks = {member.ranks[place]: place for place in awaited}
     notice = Notice(print_, member.life, f"{path}/{number}", ranks, this_process())
     # The notice before the announcement: who misses that and then reads this must not find an older one here.
@@ -137,7 +150,7 @@ def _check(call: Call) -> None:
         _refuse(board, call, notice, reason, {member.ranks[place]: other for place, other in prints.items()})
     if call.way == _COLLECTIVE:
         _compare_callers(member, [prints[place] for place in sorted(prints)])
-    if number > 1 and call.op != "send":
+    if number > 1 and not sends:
         # Whoever had to read the announcement of the call before has come to this one; nobody's notice names it now.
         board.take_down(f"{path}/{number - 1}/{member.place if source is None else source}")
 

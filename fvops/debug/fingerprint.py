@@ -77,10 +77,12 @@ def difference(prints: Sequence[Fingerprint]) -> str:
 
 
 def difference_of_message(sent: Fingerprint, wanted: Fingerprint) -> str:
-    """In what a `send` and its `recv` differ; empty when what is sent fits."""
+    """In what a send and its receive differ; empty when what is sent fits."""
+    if sent.op.removeprefix("send") != wanted.op.removeprefix("recv"):
+        return f"a {wanted.op} meets a {sent.op}"
     if sent.dtypes != wanted.dtypes:
         return "the dtypes of sender and receiver differ"
-    if math.prod(sent.shapes[0]) != math.prod(wanted.shapes[0]):
+    if sent.shapes and math.prod(sent.shapes[0]) != math.prod(wanted.shapes[0]):
         return "sender and receiver have another number of elements"
     return ""
 

@@ -313,6 +313,16 @@ class DeviceCommunicatorBase:
         finally:
             journal.finish(noted, not well)
 
+    def compare_objects(self, op: str, peer: int | None, sends: bool, arguments: dict[str, Any]) -> None:
+        """Under `check_collectives`, compare a call that moves objects to or from place `peer` (None: among all)."""
+        way = "collective" if peer is None else f"{self.rank}-{peer}" if sends else f"{peer}-{self.rank}"
+        self._issued[way] = number = self._issued.get(way, 0) + 1
+        try:
+            debug_check.compare_objects(self.member, op, arguments, way, number)
+        except debug_check.MismatchError as error:
+            self.break_with(f"{type(error).__name__} in {op}: {error}")
+            raise
+
     def refuse_if_broken(self, op: str) -> None:
         """RuntimeError when an earlier call failed."""
         if self.failure:
