@@ -138,7 +138,7 @@ def _check(ranks: Ranks, names: list[str], train: bool, batch: int = 1, dynamic:
         for name, (eager, compiled) in found.items():
             assert compiled == eager, name
         if dynamic:
-            continue  # H and D are symbols then, and exchanges of symbols are left alone, or made into numbers by a guard
+            continue  # H and D are symbols then: such an exchange is left alone, unless a guard makes numbers of them
         if not train:
             assert (reads, writes) == (read, written)
         else:
