@@ -150,11 +150,12 @@ class Ranks:
     def _stories(self, replies: dict[int, tuple[str, Any]]) -> str:
         silent = [rank for rank in range(self.world_size) if rank not in replies]
         for rank in silent:
-            os.kill(self._processes[rank].pid, signal.SIGUSR1)  # faulthandler writes the stacks into the log
-        self._wait_for_log(silent, "most recent call first")
-        for rank in silent:
-            os.kill(self._processes[rank].pid, signal.SIGUSR2)  # fvops' dump; a rank that holds the GIL has none
-        self._wait_for_log(silent, "end of dump")
+            os.kill(self._processes[rank].pid, signal.SIGUSR2)  # fvops' answer: the stacks and its dump
+        # One after the other: faulthandler drops a signal that comes while it answers another.
+        mute = self._wait_for_log(silent, "end of dump")
+        for rank in mute:
+            os.kill(self._processes[rank].pid, signal.SIGUSR1)  # it holds the GIL: faulthandler alone writes its stacks
+        self._wait_for_log(mute, "most recent call first")
         parts = []
         for rank in range(self.world_size):
             kind, value = replies.get(rank, ("no answer", "see its stacks in the log"))
@@ -164,10 +165,14 @@ class Ranks:
                 parts.append(f"--- rank {rank}'s log\n{log[-6000:]}")
         return "\n".join(parts)
 
-    def _wait_for_log(self, ranks: list[int], text: str) -> None:
+    def _wait_for_log(self, ranks: list[int], text: str) -> list[int]:
+        """Wait, for a while, until the ranks' logs hold `text`; the ranks whose logs do not."""
         until = time.monotonic() + _STACKS_S
-        logs = [self._folder / f"rank{rank}.log" for rank in ranks]
-        while time.monotonic() < until and not all(text in log.read_text(errors="replace") for log in logs):
+        while True:
+            logs = {rank: self._folder / f"rank{rank}.log" for rank in ranks}
+            ranks = [rank for rank, log in logs.items() if text not in log.read_text(errors="replace")]
+            if not ranks or time.monotonic() > until:
+                return ranks
             wait([process.sentinel for process in self._processes], timeout=0.05)
 
     def kill(self) -> None:

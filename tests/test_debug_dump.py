@@ -12,10 +12,12 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from fvops.debug import journal
 from tests.harness import Ranks
 from tests.waiting import wait_until
 from tests.worlds import initialized
@@ -85,6 +87,12 @@ def test_a_call_under_way_is_told_with_whom_it_waits_for(transport: str) -> None
     assert transport != "auto" or "waits for place 1 (global rank 1)" in line
 
 
+def _say_when_inside(store: Any) -> None:
+    """Once the main thread has begun its collective; it does not use the store meanwhile."""
+    wait_until(lambda: bool(journal.running()))
+    store.set("inside", str(os.getpid()))
+
+
 def _blocked(folder: str) -> None:
     """Rank 0 blocks in a transport; the last rank signals it, and comes when it has answered."""
     import torch.distributed as dist
@@ -99,11 +107,10 @@ def _blocked(folder: str) -> None:
             # Twice: the second replaces the first.
             install_signal_handler(signal.SIGUSR2, open(os.devnull, "w"))  # noqa: SIM115
             install_signal_handler(signal.SIGUSR2, path.open("w"))
-            store.set("pid", str(os.getpid()))
+            threading.Thread(target=_say_when_inside, args=(store,)).start()
         else:
-            pid = int(store.get("pid"))
+            pid = int(store.get("inside"))
             wait_until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S")
-            time.sleep(0.5)  # until it has gone from the store's answer into the collective
             os.kill(pid, signal.SIGUSR2)
             wait_until(lambda: path.exists() and "end of dump" in path.read_text())
         group.all_reduce(torch.ones(5))

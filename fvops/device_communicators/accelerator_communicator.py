@@ -70,7 +70,7 @@ class AcceleratorCommunicator(DeviceCommunicatorBase):
             if comm.available:
                 self.library_comm = comm
                 prefix = f"fvops/lanes/{self.unique_name}/{fresh_number(self.cpu_group)}"
-                lanes = Lanes(self._pair, prefix, self.rank, self._streams)
+                lanes = Lanes(self._pair, prefix, self.rank, self._streams, self.timeout_s)
                 return LibraryTransport(comm, self.cpu_group, lanes, self.timeout_s)
             if named:
                 raise RuntimeError(

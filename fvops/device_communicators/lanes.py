@@ -33,6 +33,7 @@ class Lanes:
         prefix: of the store's keys; no other group, now or earlier, may have the same.
         rank: this rank's place.
         streams: of the device.
+        timeout_s: deadline of the wait for a lane's other end, seconds.
     """
 
     def __init__(
@@ -41,11 +42,13 @@ class Lanes:
         prefix: str,
         rank: int,
         streams: Streams,
+        timeout_s: float,
     ) -> None:
         self._make = make
         self._prefix = prefix
         self._rank = rank
         self._streams = streams
+        self._timeout_s = timeout_s
         self._out: dict[int, _OutgoingLane] = {}
         self._in: dict[int, LibraryCommunicator] = {}
 
@@ -77,7 +80,8 @@ class Lanes:
 
     def _open(self, name: str, end: int) -> LibraryCommunicator:
         """This end, 0 sends and 1 receives, of the lane `name`; waits for the other."""
-        pair = StatelessProcessGroup.over_store(dist.distributed_c10d._get_default_store(), name, end, 2)
+        store = dist.distributed_c10d._get_default_store()
+        pair = StatelessProcessGroup.over_store(store, name, end, 2, timeout_s=self._timeout_s)
         comm = self._make(pair, name)
         if not comm.available:
             raise RuntimeError(f"{comm.NAME} could start for the group, but not for two of its ranks")
