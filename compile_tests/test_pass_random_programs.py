@@ -26,9 +26,9 @@ Sent = tuple[str, str, tuple[int, ...], tuple[Any, ...]]
 
 # Every combination, the fullest first.
 PASSES: list[dict[str, Any]] = [
-    {"layout": layout, "merge": merge, "cancel": cancel, "overlap": overlap, "dead": dead}
-    for layout, merge, cancel, overlap, dead in product(
-        ("fused", "auto"), (True, 2048, False), (True, False), (True, 4096, False), (True, False)
+    {"layout": layout, "merge": merge, "cancel": cancel, "overlap": overlap, "dead": dead, "absorb": absorb}
+    for layout, merge, cancel, overlap, dead, absorb in product(
+        ("fused", "auto"), (True, 2048, False), (True, False), (True, 4096, False), (True, False), (True, False)
     )
 ]
 # Added to each program whose ranks do the same: something for `cancel` and `dead` to do.
