@@ -91,6 +91,14 @@ def test_inductor_parts_of_overlap() -> None:
         assert "Tensor" in str(op._schema)
 
 
+def test_inductor_parts_of_absorb() -> None:
+    """fvops/compiler/absorb_lowering.py."""
+    from torch._inductor.lowering import make_fallback
+
+    parameters = list(inspect.signature(make_fallback).parameters)
+    assert parameters[:3] == ["op", "layout_constraint", "warn"]
+
+
 def test_cache_keys_hold_the_mark() -> None:
     """fvops/compiler/cache.py."""
     from torch._inductor import config

@@ -52,6 +52,17 @@ def test_a_block_s_forward_has_no_layout_kernel(world_size: int) -> None:
     assert not report.breaks
 
 
+def test_where_ci_is_set_as_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor refuses to make a fallback of its own there; and one that a backward makes would copy its operands."""
+    from torch._inductor.lowering import lowerings
+
+    monkeypatch.setenv("CI", "true")
+    monkeypatch.setattr(fvops.compiler, "_lowered", False)
+    monkeypatch.delitem(lowerings, torch.ops.aten.addmm_.default, raising=False)
+    [graph] = _report(ABSORBING).graphs
+    assert "addmm_" in _kinds(graph)
+
+
 def test_without_absorb_what_remains_stands_next_to_a_gemm() -> None:
     [graph] = _report(MERGED).graphs
     assert len(graph.collectives) == 2

@@ -40,8 +40,9 @@ def install() -> None:
     checkpointing.save_results()
     passes.take_slots()
     if not _lowered:
-        from fvops.compiler import ordered_lowering, overlap_lowering
+        from fvops.compiler import absorb_lowering, ordered_lowering, overlap_lowering
 
         ordered_lowering.register(ordered_ops)
         overlap_lowering.register()
+        absorb_lowering.register()
         _lowered = True
