@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 
 __all__ = ["held"]
 
 _LISTENS = "0A"
+# How /proc lists files without a name: segments and queues.
+_UNNAMED = re.compile(r"/dev/shm/.*#\d+ \(deleted\)$")
 
 
 def held() -> dict[str, int]:
     """Numbers of fvops' segments and queues (open, mapped), its threads, and the process's sockets and children."""
     with open("/proc/self/maps") as maps:
-        mapped = sum("/dev/shm/fvops-" in line for line in maps)
+        mapped = sum(bool(_UNNAMED.search(line)) for line in maps)
     open_files = _open_files()
     sockets = {name for name in open_files if name.startswith("socket:[")}
     return {
         "mapped segments": mapped,
-        "open segments": sum("/dev/shm/fvops-" in name for name in open_files),
+        "open segments": sum(bool(_UNNAMED.search(name)) for name in open_files),
         "threads": sum(thread.name.startswith("fvops") for thread in threading.enumerate()),
         "sockets": len(sockets),
         "listening sockets": len(sockets & _listening()),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import signal
 import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -16,7 +19,8 @@ import pytest
 import torch
 
 from tests import reference
-from tests.harness import Ranks
+from tests.harness import RankFailure, Ranks
+from tests.remains import held
 from tests.shm_calls import Call, agree, fresh_transport, perform
 from tests.worlds import initialized
 
@@ -176,12 +180,15 @@ def _come_and_go(rounds: int) -> list[str]:
 
 def _one_life(folder: str) -> list[str]:
     complaints = []
+    mapped = held()["mapped segments"]
     with fresh_transport(segment_bytes=8 << 20, eager_bytes=0, folder=folder) as transport:
         x = torch.ones(1000)
         y = transport.empty((1000,), torch.float32)
         transport.all_reduce(y, x, "sum")
         if os.listdir(folder):
             complaints.append("a name in /dev/shm")
+        if held()["mapped segments"] - mapped < transport.world_size:
+            complaints.append(f"{held()} does not count {transport.world_size} new segments")
         maps = [line for line in open("/proc/self/maps") if folder in line]  # noqa: SIM115
         if len(maps) < transport.world_size or not all("(deleted)" in line for line in maps):
             complaints.append(f"mappings {maps}")
@@ -208,6 +215,87 @@ def _target(number: str) -> str:
 
 def test_a_transport_leaves_nothing_behind(ranks: Ranks) -> None:
     assert ranks.run(_come_and_go, 3) == [[]] * ranks.world_size
+
+
+def _killed_while_creating(folder: str, told: str, step: int) -> None:
+    """Place 1 kills itself when it would tell the others for the `step`-th time; they write down what they are told."""
+    import fvops
+    from fvops.device_communicators.shm import ShmTransport, creation
+
+    group, tell = fvops.get_sp_group(), creation._tell
+    steps = iter((1, 2))
+
+    def tell_or_die(*args: Any) -> Any:
+        if next(steps) == step and group.rank_in_group == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return tell(*args)
+
+    gc.collect()
+    before = held()["open segments"]
+    with (
+        mock.patch.object(creation, "_tell", tell_or_die),
+        pytest.raises(RuntimeError) as caught,
+    ):
+        ShmTransport.create(group.cpu_group, "test", folder=folder)
+    text = str(caught.value)
+    # The traceback holds what was mapped.
+    del caught
+    gc.collect()
+    assert held()["open segments"] == before
+    Path(told, f"{group.rank_in_group}").write_text(text)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_rank_killed_while_segments_are_made_leaves_nothing(another_node: str, tmp_path: Path, step: int) -> None:
+    """Killed with its file made and not told yet, and with the others' opened."""
+    with pytest.raises(RankFailure, match="exit code -9"):
+        Ranks.get(3).run(_killed_while_creating, another_node, str(tmp_path), step, deadline_s=60)
+    assert os.listdir(another_node) == []
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["0", "2"]
+
+
+def _addresses() -> list[str]:
+    """What is said of a file that is not there, of another's, and of a shorter one."""
+    from fvops.device_communicators.shm import unnamed_file
+
+    folder = "/dev/shm"
+    descriptor = unnamed_file.create(folder)
+    os.ftruncate(descriptor, 4096)
+    here = unnamed_file.address_of(descriptor, folder)
+    os.close(unnamed_file.open_other(here, folder, 4096))
+    told = []
+    for address, nbytes in (
+        (replace(here, boot_id="another machine's"), 4096),
+        (replace(here, folder="/another"), 4096),
+        (replace(here, namespace=1), 4096),
+        (replace(here, descriptor=10_000), 4096),
+        (replace(here, inode=here.inode + 1), 4096),
+        (here, 8192),
+    ):
+        with pytest.raises((OSError, RuntimeError)) as caught:
+            unnamed_file.open_other(address, folder, nbytes)
+        told.append(
+            f"{type(caught.value).__name__}: {caught.value}".replace(str(here.pid), "N").replace(
+                f"fd/{descriptor}", "fd/M"
+            )
+        )
+    with pytest.raises(ValueError, match="format"):
+        unnamed_file.open_other(replace(here, pid="self/../1"), folder, 4096)  # type: ignore[arg-type]
+    os.close(descriptor)
+    with pytest.raises(OSError):
+        unnamed_file.open_other(here, folder, 4096)
+    return told
+
+
+def test_only_the_file_that_was_announced_is_opened() -> None:
+    assert _addresses() == [
+        "FileNotFoundError: process N is on another node",
+        "FileNotFoundError: process N is on another node",
+        "RuntimeError: process N is in another pid namespace, its death could not be seen",
+        "ProcessLookupError: process N has ended or closed its file",
+        "PermissionError: /proc/N/fd/M is not the file that was announced",
+        "PermissionError: /proc/N/fd/M is not the file that was announced",
+    ]
 
 
 def _fork() -> str:

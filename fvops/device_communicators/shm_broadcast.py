@@ -17,9 +17,9 @@ from typing import Any
 import torch.distributed as dist
 
 from fvops import envs, objects, store_messages
-from fvops.device_communicators.shm import futex
+from fvops.device_communicators.shm import futex, unnamed_file
 from fvops.device_communicators.shm.peers import Identity, Peer, own_identity
-from fvops.device_communicators.shm_ring import Ring, RingReader, RingWriter, open_file, ring_bytes
+from fvops.device_communicators.shm_ring import Ring, RingReader, RingWriter, ring_bytes
 from fvops.logger import init_logger
 from fvops.serialization import decode
 from fvops.stateless_process_group import StatelessProcessGroup
@@ -72,19 +72,19 @@ class MessageQueue:
         """
         place, places, store = _describe(pg)
         sizes = (max_chunk_bytes, max_chunks, writer_rank)
-        folder, name = SHARED_FOLDER, f"fvops-queue-{secrets.token_hex(32)}"
+        folder, key = SHARED_FOLDER, secrets.token_hex(32)
         descriptor, why = -1, "not the writer"
+        address: dict[str, Any] = {}
         try:
             if place == writer_rank and min(sizes[:2]) > 0:
-                descriptor, why = _make(os.path.join(folder, name), ring_bytes(max_chunk_bytes, max_chunks, places - 1))
-            offer = {"sizes": sizes, "file": "" if why else name, "key": name, "identity": _identity()}
-            offers = _gather(pg, places, offer)
+                nbytes = ring_bytes(max_chunk_bytes, max_chunks, places - 1)
+                descriptor, why, address = _make(folder, nbytes)
+            offers = _gather(pg, places, {"sizes": sizes, "file": address, "key": key, "identity": _identity()})
             _check_sizes([tuple(other["sizes"]) for other in offers], places)
             writer = offers[writer_rank]
             end: RingWriter | RingReader | None = None
             if place != writer_rank and writer["file"]:
-                path = os.path.join(folder, os.path.basename(writer["file"]))
-                end = _open(path, sizes, place, places, writer["identity"])
+                end = _open(unnamed_file.Address(**writer["file"]), folder, sizes, place, places)
             # Also the moment at which all who can have opened the file.
             local = _gather(pg, places, end is not None)
             ring_places = [other for other in range(places) if other != writer_rank and local[other]]
@@ -94,8 +94,6 @@ class MessageQueue:
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(folder, name))
         remote: _StoreWriter | _StoreReader | None = None
         if far and place == writer_rank:
             logger.info("message queue: places %s read over the store (%s)", far, why or "another node")
@@ -286,43 +284,39 @@ def _identity() -> dict[str, int]:
     return asdict(own_identity()) if os.path.exists("/proc/self/stat") else {}
 
 
-def _make(path: str, nbytes: int) -> tuple[int, str]:
-    """Create the ring's file with all its memory, for this user only; or say why not."""
+def _make(folder: str, nbytes: int) -> tuple[int, str, dict[str, Any]]:
+    """Create the ring's file with all its memory, and what readers need to open it; or say why not."""
     refusal = futex.unsupported()
     if refusal:
-        return -1, refusal
+        return -1, refusal, {}
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        descriptor = unnamed_file.create(folder)
     except OSError as error:
-        return -1, str(error)
+        return -1, f"no file can be created in {folder}: {error}", {}
     try:
         # Touching memory that tmpfs has no room for would kill the process later.
         os.posix_fallocate(descriptor, 0, nbytes)
+        return descriptor, "", asdict(unnamed_file.address_of(descriptor, folder))
     except OSError as error:
         os.close(descriptor)
-        os.unlink(path)
-        return -1, f"no room for {nbytes} bytes in {path}: {error}"
-    return descriptor, ""
+        return -1, f"no file of {nbytes} bytes in {folder}: {error}", {}
 
 
-def _open(path: str, sizes: tuple[int, ...], place: int, places: int, writer: Any) -> RingReader | None:
+def _open(
+    address: unnamed_file.Address, folder: str, sizes: tuple[int, ...], place: int, places: int
+) -> RingReader | None:
     """This reader's end, or None where it does not share memory (or processes) with the writer."""
-    chunk_bytes, chunks, writer_rank = sizes
+    chunk_bytes, chunks, writer = sizes
     try:
-        descriptor = open_file(path, ring_bytes(chunk_bytes, chunks, places - 1))
-    except OSError as error:
+        descriptor = unnamed_file.open_other(address, folder, ring_bytes(chunk_bytes, chunks, places - 1))
+        try:
+            ring = Ring(descriptor, chunk_bytes, chunks, places - 1)
+        finally:
+            os.close(descriptor)
+        return RingReader(ring, place - (place > writer), Peer(address.maker), f"place {writer}, the writer,")
+    except (OSError, RuntimeError) as error:
         logger.info("message queue: place %d reads over the store: %s", place, error)
         return None
-    try:
-        ring = Ring(descriptor, chunk_bytes, chunks, places - 1)
-        return RingReader(
-            ring, place - (place > writer_rank), Peer(Identity(**writer)), f"place {writer_rank}, the writer,"
-        )
-    except RuntimeError as error:
-        logger.info("message queue: place %d reads over the store: %s", place, error)
-        return None
-    finally:
-        os.close(descriptor)
 
 
 def _writing_end(

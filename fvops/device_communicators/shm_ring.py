@@ -12,10 +12,8 @@ the other side still lives.
 from __future__ import annotations
 
 import mmap
-import os
 import struct
 import time
-from typing import Any
 
 import torch
 
@@ -23,7 +21,7 @@ from fvops.device_communicators.shm import futex
 from fvops.device_communicators.shm.peers import Peer
 from fvops.serialization import check_size
 
-__all__ = ["Ring", "RingReader", "RingWriter", "open_file", "ring_bytes"]
+__all__ = ["Ring", "RingReader", "RingWriter", "ring_bytes"]
 
 _LINE_WORDS = 16
 _HEADER = struct.Struct("<IIQ")
@@ -178,14 +176,3 @@ class RingReader:
         """Tell the writer."""
         self._ring.leave(self._line + _LINE_WORDS, self._line)
         self._peer.close()
-
-
-def open_file(path: str, nbytes: int) -> int:
-    """A descriptor of the writer's file, which must be this user's and `nbytes` long; OSError."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    status: Any = os.fstat(descriptor)
-    # A shorter one would kill this process when it touches the end.
-    if status.st_size != nbytes or status.st_uid != os.geteuid():
-        os.close(descriptor)
-        raise PermissionError(f"{path} is not the file that was announced")
-    return descriptor

@@ -1,8 +1,8 @@
 """Setting up a group's segments, unanimously: every rank gets all of them, or none does and all know why.
 
-Names travel over the group's gloo connections. A file is found by a random name of 256 bits, opened by its owner's user
-only (mode 0600), and unlinked before creation returns: what is mapped then has no name, and the kernel frees it with
-the last process. Whether ranks share memory is found by trying: on another node the name is not there.
+The files never have a name (`unnamed_file`): their addresses travel over the group's gloo connections, only their
+owner's user may open them (mode 0600), and the kernel frees them with the last process. Whether ranks share memory is
+found by trying to open them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fvops.device_communicators.shm import futex
-from fvops.device_communicators.shm.peers import Identity, Peer, own_identity
+from fvops.device_communicators.shm import futex, unnamed_file
+from fvops.device_communicators.shm.peers import Peer
 from fvops.device_communicators.shm.segment import Segment, reserve
 from fvops.device_communicators.shm.segment_layout import PAGE, SLOTS, SegmentLayout, round_up
 from fvops.torch_compat import all_gather_flat
@@ -59,32 +58,26 @@ def form_segments(
         places, slot_bytes or _SLOTS_BYTES // (SLOTS * places) // 64 * 64, round_up(segment_bytes, PAGE)
     )
     refusal = refusal or _unfit(layout, folder)
-    path, descriptor = os.path.join(folder, f"fvops-{secrets.token_hex(32)}"), -1
-    try:
+    with contextlib.ExitStack() as undo:
+        offer: dict[str, Any] = {}
+        descriptor = -1
         if not refusal:
-            descriptor, refusal = _make(path, layout)
-        announced = _tell(
-            cpu_group,
-            {"refusal": refusal}
-            if refusal
-            else {"refusal": "", "file": os.path.basename(path), "layout": asdict(layout)} | asdict(own_identity()),
-        )
+            descriptor, refusal, offer = _make(folder, layout)
+        if descriptor >= 0:
+            undo.callback(os.close, descriptor)
+        announced = _tell(cpu_group, {"refusal": refusal} | offer)
         reasons = [_reason(place, other, layout) for place, other in enumerate(announced)]
         formation, refusal = None, next(filter(None, reasons), "")
         if not refusal:
             formation, refusal = _open_all(me, announced, layout, folder, descriptor)
-        # Also the moment at which all have opened what they need by name.
-        found = [str(other["refusal"]) for other in _tell(cpu_group, {"refusal": refusal})]
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-    if any(found):
         if formation is not None:
             for peer in formation.peers.values():
-                peer.close()
-        if descriptor >= 0:
-            os.close(descriptor)
-        return None, next(filter(None, found))
+                undo.callback(peer.close)
+        # Also the moment at which all have opened what they need: until then each holds its file open.
+        found = [str(other["refusal"]) for other in _tell(cpu_group, {"refusal": refusal})]
+        if any(found):
+            return None, next(filter(None, found))
+        undo.pop_all()
     mb = layout.segment_bytes / 2**20
     return formation, f"shared memory, {places} segments of up to {mb:g} MB in {folder}"
 
@@ -103,21 +96,23 @@ def _unfit(layout: SegmentLayout, folder: str) -> str:
     return futex.unsupported()
 
 
-def _make(path: str, layout: SegmentLayout) -> tuple[int, str]:
-    """Create the segment's file, its control area and slots allocated; or say why not."""
+def _make(folder: str, layout: SegmentLayout) -> tuple[int, str, dict[str, Any]]:
+    """Create the segment's file, its control area and slots allocated, and what others need to open it; or why not."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        descriptor = unnamed_file.create(folder)
     except OSError as error:
-        return -1, f"no file can be created: {error}"
+        return -1, f"no file can be created in {folder}: {error}", {}
+    offer: dict[str, Any] = {}
     try:
         os.ftruncate(descriptor, layout.segment_bytes)
         refusal = reserve(descriptor, 0, layout.pool_start, considerate=True)
+        offer = {"layout": asdict(layout), "address": asdict(unnamed_file.address_of(descriptor, folder))}
     except OSError as error:
-        refusal = f"{path} cannot be sized: {error}"
+        refusal = f"a file cannot be set up: {error}"
     if refusal:
         os.close(descriptor)
-        return -1, f"{os.path.dirname(path)}: {refusal}"
-    return descriptor, ""
+        return -1, f"{folder}: {refusal}", {}
+    return descriptor, "", offer
 
 
 def _tell(cpu_group: dist.ProcessGroup, message: dict[str, Any]) -> list[dict[str, Any]]:
@@ -149,8 +144,9 @@ def _open_all(
             if place == me:
                 formation.segments.append(Segment(descriptor, layout))
                 continue
-            formation.segments.append(_open(os.path.join(folder, other["file"]), layout))
-            formation.peers[place] = Peer(Identity(other["pid"], other["start"], other["namespace"]))
+            address = unnamed_file.Address(**other["address"])
+            formation.segments.append(_open(address, layout, folder))
+            formation.peers[place] = Peer(address.maker)
         except FileNotFoundError:
             refusal = f"places {me} and {place} are on different nodes"
         except (OSError, RuntimeError) as error:
@@ -163,8 +159,8 @@ def _open_all(
     return formation, ""
 
 
-def _open(path: str, layout: SegmentLayout) -> Segment:
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+def _open(address: unnamed_file.Address, layout: SegmentLayout, folder: str) -> Segment:
+    descriptor = unnamed_file.open_other(address, folder, layout.segment_bytes)
     try:
         return Segment(descriptor, layout)
     finally:

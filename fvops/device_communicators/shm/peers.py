@@ -10,7 +10,7 @@ import os
 import select
 from dataclasses import dataclass
 
-__all__ = ["Identity", "Peer", "own_identity"]
+__all__ = ["Identity", "Peer", "own_identity", "require_same_namespace"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,12 @@ def own_identity() -> Identity:
     return Identity(os.getpid(), _stat(os.getpid())[1], os.stat("/proc/self/ns/pid").st_ino)
 
 
+def require_same_namespace(identity: Identity) -> None:
+    """RuntimeError if the process is of another pid namespace: its number means another process here, or none."""
+    if os.stat("/proc/self/ns/pid").st_ino != identity.namespace:
+        raise RuntimeError(f"process {identity.pid} is in another pid namespace, its death could not be seen")
+
+
 class Peer:
     """The process of another rank.
 
@@ -38,9 +44,7 @@ class Peer:
         self.pid = identity.pid
         self._start = identity.start
         self._descriptor = -1
-        namespace = os.stat("/proc/self/ns/pid").st_ino
-        if namespace != identity.namespace:
-            raise RuntimeError(f"process {self.pid} is in another pid namespace, its death could not be seen")
+        require_same_namespace(identity)
         if hasattr(os, "pidfd_open"):
             try:
                 self._descriptor = os.pidfd_open(self.pid)
