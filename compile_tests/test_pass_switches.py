@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import fvops
 from fvops.compiler import switches
@@ -102,13 +103,13 @@ def _pair(x: Tensor) -> Tensor:
     return group.all_to_all_4D(y.cos(), 1, 2) + z.sum()
 
 
-def _compiled(how: str, train: bool = False) -> tuple[list[str], int, int]:
+def _compiled(how: str) -> tuple[list[str], int, int]:
     """What `_pair` issues when compiled in the way `how`; hits and misses of AOTAutograd's cache."""
     from torch._dynamo.utils import counters
 
     counters.clear()
     torch._dynamo.reset()
-    x = torch.rand(1, 4, 4, 2, requires_grad=train)
+    x = torch.rand(1, 4, 4, 2)
     named: dict[str, dict[str, Any]] = {
         "options": {"merge": True},
         "overlap": {"overlap": True},
@@ -119,12 +120,9 @@ def _compiled(how: str, train: bool = False) -> tuple[list[str], int, int]:
     with record_collectives() as records:
         if how == "block":
             with fvops.compiler.enable():
-                output = function(x)
+                function(x)
         else:
-            output = function(x)
-        if train:
-            fvops.compiler.disable()
-            output.sum().backward()
+            function(x)
     fvops.compiler.disable()
     counts = counters["aot_autograd"]
     return [op for _, op, _ in canonical(records)], counts["autograd_cache_hit"], counts["autograd_cache_miss"]
@@ -149,14 +147,38 @@ def test_no_switch_is_served_what_another_compiled(tmp_path: Path) -> None:
         Ranks.get(2).kill()
 
 
-def _backward_after_the_block() -> tuple[list[str], int, int]:
-    return _compiled("block", train=True)
+def _backward_elsewhere() -> tuple[list[str], list[str]]:
+    """What is issued, and which threads compile, with backward run after the block and in another thread.
+
+    As autograd runs it for accelerators: that thread knows nothing of this one's configuration.
+    """
+    compiling: list[str] = []
+    with torch._inductor.config.patch(post_grad_custom_pre_pass=_Seen(compiling)), record_collectives() as records:
+        with fvops.compiler.enable(merge=True):
+            loss = torch.compile(_pair, fullgraph=True)(torch.rand(1, 4, 4, 2, requires_grad=True)).sum()
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join(150)
+    return [op for _, op, _ in canonical(records)], compiling
 
 
-@pytest.mark.slow
-def test_backward_of_a_block_is_compiled_in_the_block(two_ranks: Ranks) -> None:
-    issued, _, _ = two_ranks.run(_backward_after_the_block, deadline_s=200)[0]
-    assert issued == [SINGLE, SINGLE]  # of six: two pairs cancelled
+class _Seen(CustomGraphPass):
+    """Notes the thread in which each graph is lowered."""
+
+    def __init__(self, threads: list[str]) -> None:
+        self.threads = threads
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self.threads.append(threading.current_thread().name)
+
+    def uuid(self) -> str:
+        return "seen"
+
+
+def test_backward_is_compiled_with_forward(two_ranks: Ranks) -> None:
+    for issued, compiling in two_ranks.run(_backward_elsewhere, deadline_s=200):
+        assert issued == [LIST, SINGLE, SINGLE, LIST]
+        assert compiling == ["MainThread"] * 2
 
 
 @pytest.mark.slow

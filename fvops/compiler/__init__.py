@@ -33,12 +33,13 @@ _lowered = False
 def install() -> None:
     """Register the Inductor lowerings once, and see to it that our configuration entries are in force."""
     global _lowered
-    from fvops.compiler import cache, checkpointing, cudagraph_partition, passes
+    from fvops.compiler import backward, cache, checkpointing, cudagraph_partition, passes
 
     cache.salt_caches()
     cudagraph_partition.partition_at_host_ops()
     checkpointing.save_results()
     passes.take_slots()
+    backward.compile_with_forward()
     if not _lowered:
         from fvops.compiler import absorb_lowering, ordered_lowering, overlap_lowering
 

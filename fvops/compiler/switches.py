@@ -74,21 +74,13 @@ class Enabled:
 
     def __init__(self, before: Switches) -> None:
         self._before = before
-        self._lazy_backward = False
 
     def __enter__(self) -> None:
-        from torch._functorch import config
-
-        # A backward graph is compiled at its first use, which may be after the block: have it compiled inside.
-        self._lazy_backward = config.force_non_lazy_backward_lowering
-        config.force_non_lazy_backward_lowering = True
+        """Nothing: `enable` has set the switches already."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        from torch._functorch import config
-
-        config.force_non_lazy_backward_lowering = self._lazy_backward
         _choose(self._before)
 
 
