@@ -28,6 +28,7 @@ from fvops.group_objects import GroupObjects
 from fvops.logger import init_logger
 from fvops.platforms import local_torch_device
 from fvops.reduce_op import reduce_op_name
+from fvops.torch_compat import new_group
 from fvops.warmup import warm_up
 
 __all__ = ["GroupCoordinator", "destroy_all_groups"]
@@ -87,8 +88,8 @@ class GroupCoordinator(GroupObjects):
         cpu_group: Any = None
         # new_group is collective over the world: every rank makes every group, in the same order.
         for ranks in group_ranks:
-            new_device_group = dist.new_group(ranks, backend=torch_distributed_backend, timeout=deadline)
-            new_cpu_group = dist.new_group(ranks, backend="gloo", timeout=deadline)
+            new_device_group = new_group(ranks, torch_distributed_backend, deadline)
+            new_cpu_group = new_group(ranks, "gloo", deadline)
             if rank in ranks:
                 device_group, cpu_group = new_device_group, new_cpu_group
         owned_groups = [device_group, cpu_group]

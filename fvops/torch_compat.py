@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_gather_flat", "reduce_scatter_flat", "symmetric_empty", "symmetric_rendezvous"]
+__all__ = ["all_gather_flat", "new_group", "reduce_scatter_flat", "symmetric_empty", "symmetric_rendezvous"]
 
 # torch 2.13 renames these two and warns at every call of the old names. Remove once torch >= 2.13 is required.
 all_gather_flat = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter_flat = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+def new_group(ranks: list[int], backend: str, deadline: timedelta) -> Any:
+    """``dist.new_group``, also where the world was given a ``device_id``. Collective over the world. Torch 2.11 to 2.13.
+
+    With a ``device_id`` torch has the ranks outside `ranks` split the world's communicator, whatever the new group's
+    backend: gloo has no such method, and on NCCL the ranks inside, who make a gloo group, would not come to it.
+    """
+    world: Any = dist.group.WORLD
+    device_id = world.bound_device_id
+    if device_id is not None and "gloo" in backend:
+        world.bound_device_id = None
+    try:
+        return dist.new_group(ranks, backend=backend, timeout=deadline)
+    finally:
+        if device_id is not None:
+            world.bound_device_id = device_id
 
 
 def symmetric_empty(nbytes: int, device: torch.device) -> Tensor:

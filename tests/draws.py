@@ -96,4 +96,4 @@ def bits(x: Tensor) -> Tensor:
 
 def storage_bits(x: Tensor) -> Tensor:
     """A copy of all memory that `x` is a view of, also what lies between its elements."""
-    return torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage()).clone()
+    return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage()).clone()

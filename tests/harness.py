@@ -18,6 +18,7 @@ import faulthandler
 import importlib
 import io
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import shutil
 import signal
@@ -53,16 +54,20 @@ class Ranks:
     def __init__(self, world_size: int, transport: str) -> None:
         self.world_size = world_size
         self.transport = transport
-        self._folder = Path(tempfile.mkdtemp(prefix=f"fvops-ranks{world_size}-"))
+        self._start()
+
+    def _start(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix=f"fvops-ranks{self.world_size}-"))
         self._jobs = 0
-        context = _context(transport)
-        variables = _variables(transport)
+        self._killed = False
+        context = _context(self.transport)
+        variables = _variables(self.transport)
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
-        for rank in range(world_size):
+        for rank in range(self.world_size):
             here, there = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, world_size, str(self._folder), there, variables), daemon=True
+                target=_serve, args=(rank, self.world_size, str(self._folder), there, variables), daemon=True
             )
             process.start()
             there.close()
@@ -73,7 +78,7 @@ class Ranks:
 
     @classmethod
     def get(cls, world_size: int, transport: str | None = None) -> Ranks:
-        """The shared workers, spawned at first use and after each failure.
+        """The shared workers, started at first use.
 
         Args:
             transport: a value of ``FVOPS_TRANSPORT``; "nccl" and "hccl" are the doubles. Default: that of
@@ -102,6 +107,8 @@ class Ranks:
             cache: compile cache folder shared by the ranks; default a fresh one, removed afterwards.
             grace_s: how long the other ranks may go on once one has failed.
         """
+        if self._killed:
+            self._start()
         self._jobs += 1
         folder = cache or tempfile.mkdtemp(prefix="cache-", dir=self._folder)
         job = (function.__module__, function.__qualname__, args, initialize, folder, self._jobs)
@@ -176,15 +183,14 @@ class Ranks:
             wait([process.sentinel for process in self._processes], timeout=0.05)
 
     def kill(self) -> None:
-        """End the workers now and remove their folder."""
+        """End the workers now and remove their folder; the next run starts new ones."""
+        self._killed = True
         for process in self._processes:
             if process.is_alive():
                 process.kill()
         for process in self._processes:
             process.join()
         shutil.rmtree(self._folder, ignore_errors=True)
-        if Ranks._pools.get((self.world_size, self.transport)) is self:
-            del Ranks._pools[self.world_size, self.transport]
 
 
 @atexit.register
@@ -199,6 +205,15 @@ def _context(transport: str) -> Any:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
+    # Its importing torch asks how many GPUs there are; afterwards no child could be told that there are none.
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
     return context
 
 

@@ -167,6 +167,26 @@ def test_an_accelerators_device_id_reaches_torch(monkeypatch: pytest.MonkeyPatch
         fvops.init_distributed_environment(1, 0, backend="nccl", device_id=torch.device("cuda", 0))
 
 
+def _with_a_bound_device() -> list[Any]:
+    """Groups that not every rank is in, in a gloo world that torch was given a device_id for."""
+    import torch.distributed as dist
+
+    import fvops
+
+    P, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    fvops.init_distributed_environment(P, rank, os.environ["FVOPS_TEST_INIT"], rank, backend="gloo")
+    dist.group.WORLD.bound_device_id = torch.device("cpu", 0)
+    fvops.initialize_model_parallel(1, P)
+    told = [str(dist.group.WORLD.bound_device_id), int(fvops.get_sp_group().all_reduce(torch.tensor(1)))]
+    tear_down()
+    return told
+
+
+def test_groups_of_some_ranks_in_a_gloo_world_with_a_device_id(two_ranks: Ranks) -> None:
+    # Seen on a GPU with torch 2.11: no attribute 'perform_nocolor_split'.
+    assert two_ranks.run(_with_a_bound_device, initialize=False) == [["cpu:0", 2]] * 2
+
+
 def _unknown_backend() -> str:
     import fvops
 
