@@ -17,7 +17,7 @@ reduce_scatter_flat = getattr(dist, "reduce_scatter_single", dist.reduce_scatter
 
 
 def new_group(ranks: list[int], backend: str, deadline: timedelta) -> Any:
-    """``dist.new_group``, also where the world was given a ``device_id``. Collective over the world. Torch 2.11 to 2.13.
+    """``dist.new_group``, also where the world was given a ``device_id``. Collective. Torch 2.11 to 2.13.
 
     With a ``device_id`` torch has the ranks outside `ranks` split the world's communicator, whatever the new group's
     backend: gloo has no such method, and on NCCL the ranks inside, who make a gloo group, would not come to it.
