@@ -258,7 +258,9 @@ def _serve(rank: int, world_size: int, folder: str, connection: Connection, vari
     os.environ.setdefault("FVOPS_TIMEOUT_S", "300")
     torch.set_num_threads(1)
     from fvops.debug import install_signal_handler
-    from tests import preloaded  # noqa: F401  (now rather than in the first test's time)
+
+    if "CUDA_VISIBLE_DEVICES" in variables:  # inherited; without a fork it takes long, and few GPU tests need it
+        from tests import preloaded  # noqa: F401
 
     install_signal_handler(signal.SIGUSR2)
 

@@ -14,6 +14,7 @@ import json
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,8 +24,9 @@ from torch import Tensor
 
 from fvops.kernels import layout
 from fvops.kernels.pack import pack, unpack
+from fvops.kernels.parts_plan import CopyConfig
 
-__all__ = ["COPY", "FASTVIDEO", "FVOPS", "MODELS", "TORCH", "WORK", "bench", "candidates"]
+__all__ = ["COPY", "FASTVIDEO", "FVOPS", "MODELS", "TORCH", "WORK", "bench", "block_shapes", "candidates"]
 
 # (sequence length over all ranks, heads, head size), B=1; text tokens are part of the sequence where a model has them.
 MODELS = {
@@ -40,6 +42,8 @@ MODELS = {
 COPY, FVOPS, TORCH, FASTVIDEO = "copy", "fvops", "transpose().contiguous()", "FastVideo's copies"
 WORK = ("pack (2,1)", "unpack (1,2)", "pack q, k, v (2,1)")
 _FLUSH_BYTES = 1 << 30
+# Elements of a program and its warps, for `block_shapes`.
+_BLOCKS = ((512, 2), (512, 4), (1024, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8), (8192, 8))
 
 Call = Callable[[], Any]
 
@@ -158,6 +162,29 @@ def bench(
     return rows, failures
 
 
+def block_shapes(
+    device: torch.device, models: dict[str, tuple[int, int, int]], rounds: int, P: int = 4
+) -> list[dict[str, Any]]:
+    """The Triton copy with other block shapes, as `bench`: what the default in `CopyConfig` is chosen by."""
+    from fvops.kernels.parts_copy import copy_parts
+
+    rows = []
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+    for model, (sequence, heads, head_size) in models.items():
+        x_BSHD = torch.randn(1, sequence // P, heads, head_size, device=device).bfloat16()
+        by_heads, packed = layout.heads_by_rank(x_BSHD, P), layout.heads_by_rank(x_BSHD, P).contiguous()
+        source, target = packed.clone(), torch.empty_like(packed)
+        for work, pair in ((WORK[0], (by_heads, packed)), (WORK[1], (packed, by_heads))):
+            calls: dict[str, Call] = {COPY: partial(target.copy_, source)}
+            for elements, warps in _BLOCKS:
+                sources, destinations = ([side] for side in pair)
+                config = CopyConfig(elements, warps)
+                calls[f"{elements} x {warps}"] = partial(copy_parts, sources, destinations, config)
+            nbytes = x_BSHD.numel() * x_BSHD.element_size()
+            rows.append(_row(model, work, nbytes, measure(calls, device, flush, rounds)))
+    return rows
+
+
 def _row(model: str, work: str, nbytes: int, seconds: dict[str, float]) -> dict[str, Any]:
     return {
         "model": model,
@@ -177,7 +204,11 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("skipped: no CUDA device")
     rows, failures = bench(torch.device("cuda", 0), MODELS, arguments.rounds)
-    arguments.json.write_text(json.dumps({"rows": rows, "failures": failures}, indent=1) + "\n")
+    found: dict[str, Any] = {"rows": rows, "block_shapes": [], "failures": failures}
+    arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    few = {name: MODELS[name] for name in ("Wan2.1 14B 480p", "HunyuanVideo 720p", "LTX-Video 512x768")}
+    found["block_shapes"] = block_shapes(torch.device("cuda", 0), few, arguments.rounds)
+    arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

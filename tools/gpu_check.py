@@ -10,6 +10,7 @@ Exit code: 0 all passed; 1 something failed; 3 nothing was checked, for there is
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -26,6 +27,10 @@ sys.path.insert(0, str(ROOT))
 
 # Under eight minutes together, with what starting up takes.
 _TESTS_S, _BENCH_S = 300.0, 120.0
+# For pytest to end and write down its results after the deadline; then it is killed.
+_GRACE_S = 15.0
+# Of test files at a time, where pytest-xdist is there: most of the time goes into starting processes.
+_PROCESSES = 6
 _SKIPPED = "skipped: no CUDA device"
 NO_DEVICE = 3
 
@@ -103,7 +108,9 @@ def run_tests(report: dict[str, Any], deadline_s: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "junit.xml"
         files = sorted(str(path) for path in (ROOT / "tests").glob("test_gpu_*.py"))
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", f"--junitxml={junit}", *files]
+        together = importlib.util.find_spec("xdist") is not None
+        shared = ["-n", str(_PROCESSES), "--dist", "loadfile"] if together else []
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", *shared, f"--junitxml={junit}", *files]
         problem = bounded(command, deadline_s)
         report["tests"] = read_junit(junit)
     bad = [f"{test['name']}: {test['outcome']}" for test in report["tests"] if test["outcome"] in ("failed", "error")]
@@ -121,7 +128,7 @@ def run_bench(report: dict[str, Any], deadline_s: float) -> None:
         problem = bounded([sys.executable, "-m", "tools.gpu_bench", "--json", str(path)], deadline_s)
         if path.exists():
             found = json.loads(path.read_text())
-            report["bench"] = found["rows"]
+            report["bench"], report["block_shapes"] = found["rows"], found["block_shapes"]
             report["failures"] += found["failures"]
     if problem is not None:
         report["failures"].append(f"the bench {problem}")
@@ -130,13 +137,17 @@ def run_bench(report: dict[str, Any], deadline_s: float) -> None:
 def bounded(command: list[str], deadline_s: float) -> str | None:
     """Run `command` in the tree with its output shown; None when it succeeded, else how it ended.
 
-    Past the deadline it and its children are killed.
+    Past the deadline it is interrupted; a little later it and its children are killed.
     """
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:
         code = process.wait(deadline_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         return f"was not done after {deadline_s:g} s"
     return None if code == 0 else f"ended with exit code {code}"

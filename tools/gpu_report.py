@@ -92,6 +92,11 @@ def table(report: dict[str, Any]) -> str:
         shares = "".join(f"{100 * row['share'][name]:25.0f}%" for name in SHOWN)
         label = f"{row['model']}, {row['work']}"
         lines.append(f"{label:<41}{row['bytes'] / 1e6:6.0f}{row['gb_per_s'][COPY]:11.0f}{shares}")
+    if report.get("block_shapes"):
+        lines += ["", "share of the copy bandwidth by block shape, elements x warps of a program"]
+    for row in report.get("block_shapes", []):
+        shares = "".join(f"  {name}: {100 * share:.0f}%" for name, share in row["share"].items() if name != COPY)
+        lines.append(f"{row['model']}, {row['work']}:{shares}")
     lines += ["", *(f"FAILED {failure}" for failure in report["failures"])] if report["failures"] else []
     return "\n".join(lines)
 
