@@ -114,6 +114,19 @@ def test_fastvideos_copies_are_those_of_the_exchange() -> None:
             assert torch.equal(y, wanted), dims
 
 
+def test_a_tree_that_is_not_installed_has_no_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_check.installed_kernels() == str(gpu_check.ROOT / "kernels" / "__init__.py")
+    (tmp_path / "fvops").mkdir()
+    (tmp_path / "fvops" / "__init__.py").write_text("from fvops.kernels import layout\n")
+    bare = tmp_path / "python"  # without what is installed
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(bare))
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)  # whose folder is the first place that Python looks in
+    assert gpu_check.installed_kernels() == ""
+    assert not gpu_check.install(allowed=False)
+
+
 def test_a_part_that_hangs_or_dies_is_told_from_one_that_succeeds() -> None:
     assert gpu_check.bounded([sys.executable, "-c", "pass"], 60) is None
     assert gpu_check.bounded([sys.executable, "-c", "raise SystemExit(4)"], 60) == "ended with exit code 4"

@@ -1,6 +1,6 @@
 """The one-sided exchange on real symmetric memory: 2 and 4 ranks that share one GPU, eager, captured and given up.
 
-Nothing here has run yet. Without a GPU the same transport and kernels run in tests/test_push_transport.py and
+Without a GPU the same transport and kernels run in tests/test_push_transport.py and
 tests/test_push_interpreted.py.
 """
 

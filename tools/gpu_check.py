@@ -82,11 +82,11 @@ def install(allowed: bool) -> bool:
     Args:
         allowed: may pip be called?
     """
-    kernels = importlib.util.find_spec("fvops.kernels")
-    if kernels is not None and kernels.origin is not None and Path(kernels.origin).is_relative_to(ROOT):
+    found = installed_kernels()
+    if found.startswith(str(ROOT)):
         return True
     if not allowed:
-        print(f"fvops.kernels of {ROOT} is not what {sys.executable} imports: {kernels and kernels.origin}")
+        print(f"fvops.kernels of {ROOT} is not what {sys.executable} imports: {found or 'nothing'}")
         return False
     print("== installing fvops from this tree, without its dependencies and without a network")
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)]
@@ -99,6 +99,13 @@ def install(allowed: bool) -> bool:
         return False
     # What an editable installation adds is set up when Python starts: go on in a new one.
     os.execv(sys.executable, [sys.executable, *sys.argv, "--no-install"])
+
+
+def installed_kernels() -> str:
+    """Where a new Python finds fvops.kernels; empty where it does not, as in a tree that is not installed."""
+    code = "import fvops.kernels; print(fvops.kernels.__file__)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    return run.stdout.strip() if run.returncode == 0 else ""
 
 
 def run_tests(report: dict[str, Any], deadline_s: float) -> None:

@@ -91,7 +91,7 @@ def let_thread_query_during_capture() -> bool:
     """Let this thread query CUDA events while another thread captures a graph; False when that cannot be had.
 
     By default such a query is an error that also spoils the capture. torch has no Python name for the switch, so it is
-    called in the CUDA runtime that torch has loaded. Untested on hardware.
+    called in the CUDA runtime that torch has loaded.
     """
     path = loaded_library("libcudart.so")
     if path is None:
