@@ -53,7 +53,7 @@ class SymmetricBuffer(Protocol):
 
 
 class TorchSymmetricBuffer:
-    """`SymmetricBuffer` over ``torch.distributed._symmetric_memory`` on CUDA; run with torch 2.11, ranks sharing a GPU."""
+    """`SymmetricBuffer` over ``torch.distributed._symmetric_memory`` on CUDA; run with torch 2.11."""
 
     room: Room
 
