@@ -65,7 +65,7 @@ bench: $(VENV)/ready
 	$(BIN)/python tools/bench_dispatch.py
 	$(BIN)/python -m tools.bench_collectives $(BENCH_ARGS)
 
-$(VENV)/ready: pyproject.toml constraints.txt
+$(VENV)/ready: pyproject.toml constraints.txt $(wildcard fvops/device_communicators/shm/*.[ch])
 	@echo "== creating $(VENV) (once): torch, then fvops with what its tests, demo and benchmarks need"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt needs Python >= 3.11")'
 	$(PYTHON) -m venv $(VENV)

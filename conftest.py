@@ -12,6 +12,7 @@ __all__ = ["ranks", "two_ranks"]
 # about ops hardly depends on their number.
 _AT_THREE = {
     "test_shm_collectives",
+    "test_shm_mover",
     "test_pynccl_double",
     "test_pyhccl_double",
     "test_message_queue",

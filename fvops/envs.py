@@ -43,6 +43,12 @@ def _megabytes(text: str) -> int:
     return megabytes
 
 
+def _switch(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError("must be 0 or 1")
+    return text == "1"
+
+
 def _debug_features(text: str) -> tuple[str, ...]:
     features = tuple(part.strip() for part in text.lower().split(",") if part.strip())
     if set(features) - {"collectives"}:
@@ -56,6 +62,9 @@ VARIABLES: dict[str, Variable] = {
     "FVOPS_DEBUG": Variable(_debug_features, (), "'collectives': ranks compare their calls before each collective"),
     "FVOPS_SHM_SEGMENT_MB": Variable(
         _megabytes, 256, "most shared memory that each rank of a group on one node uses for results, MB (2**20 bytes)"
+    ),
+    "FVOPS_SHM_COMPILED": Variable(
+        _switch, True, "0: exchanges in shared memory go the way in Python, even where the one in C was compiled"
     ),
     "FVOPS_SYMM_SLOT_MB": Variable(
         _megabytes, 256, "largest exchange that goes one-sided through symmetric GPU memory, MB (2**20 bytes)"

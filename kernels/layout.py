@@ -15,7 +15,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["chunks_by_rank", "heads_by_rank", "receive_buffer", "sequence_by_rank", "unpacked_shape"]
+__all__ = [
+    "chunks_by_rank",
+    "exchange_by_rank",
+    "heads_by_rank",
+    "receive_buffer",
+    "sequence_by_rank",
+    "unpacked_shape",
+]
 
 
 def heads_by_rank(x_BSHD: Tensor, world_size: int) -> Tensor:
@@ -28,6 +35,14 @@ def sequence_by_rank(x_BSHD: Tensor, world_size: int) -> Tensor:
     """``[B, P*s, H, D] -> [P, B, s, H, D]``: rank r has rows ``r*s:(r+1)*s``. In memory order at B=1."""
     B, S, H, D = x_BSHD.shape
     return x_BSHD.view(B, world_size, S // world_size, H, D).permute(1, 0, 2, 3, 4)
+
+
+def exchange_by_rank(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], scatter_dim: int, world_size: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The rank-major views of what an ``all_to_all_4D`` fills and reads: heads on the one side, rows on the other."""
+    fills, reads = (sequence_by_rank, heads_by_rank) if scatter_dim == 2 else (heads_by_rank, sequence_by_rank)
+    return [fills(output, world_size) for output in outputs], [reads(input_, world_size) for input_ in inputs]
 
 
 def unpacked_shape(packed_shape: Sequence[int], dim: int) -> tuple[int, int, int, int]:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["CopyConfig", "Launch", "Pair", "Part", "describe", "plan", "power_in"]
+__all__ = ["Axis", "CopyConfig", "Launch", "Pair", "Part", "describe", "merged_axes", "plan", "power_in"]
 
 WIDEST_WORD = 16
 LINE_BYTES = 128  # a cache line of NVIDIA's and AMD's GPUs
@@ -103,7 +103,7 @@ def plan(pairs: tuple[Pair, ...], config: CopyConfig) -> tuple[Launch, ...]:
     by_word: dict[int, list[tuple[int, list[Axis]]]] = {}
     for index, pair in enumerate(pairs):
         if 0 not in pair.shape:
-            axes = _merged(pair)
+            axes = merged_axes(pair)
             by_word.setdefault(_word_bytes(axes, pair.alignment), []).append((index, axes))
     return tuple(_launch(word, entries, config) for word, entries in by_word.items())
 
@@ -114,7 +114,7 @@ def power_in(number: int) -> int:
     return number & -number
 
 
-def _merged(pair: Pair) -> list[Axis]:
+def merged_axes(pair: Pair) -> list[Axis]:
     """The axes in bytes, innermost of the destination first, merged where both sides allow; the first is the row."""
     axes = [Axis(pair.itemsize, 1, 1)]
     given = [

@@ -1,6 +1,6 @@
 """What an exchange between CPU ranks costs, beside what else could be used, in one run. ``make bench`` runs it.
 
-Every round runs every candidate once, each after a barrier; a candidate's time in a round is that of its slowest rank.
+Every round runs every candidate a few times in a row, after a barrier; its time in a round is that of the slowest rank.
 Shown are medians over the rounds and their ratios to fvops' median: above 1 is slower than fvops. The plain copy of the
 same bytes is the floor: nothing that delivers a tensor can be faster than writing it once. "its copies alone" are the
 strided copies of a one-pass exchange, without other ranks.
@@ -29,6 +29,8 @@ from tools.bench_candidates import FLOOR, STRIDED_FLOOR, candidates
 
 SIZES = {"64 KB": 1 << 16, "0.1 MB": 100_000, "1.6 MB": 1_600_000, "6.3 MB": 6_300_000, "25 MB": 25_000_000}
 LARGEST = {"100 MB": 100_000_000}
+# Calls that follow one another after a barrier: enough that its skew between the ranks is a small part of the time.
+_INNER_SMALL, _INNER_LARGE = 50, 5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -67,7 +69,7 @@ def worker(rank: int, P: int, store: str, options: argparse.Namespace) -> None:
             for op, calls in candidates(own, gloo, nbytes, DTYPES[dtype]).items():
                 if options.ops and op not in options.ops:
                     continue
-                found = measure(calls, options.rounds, 10 if nbytes < 1_000_000 else 1)
+                found = measure(calls, options.rounds, _INNER_SMALL if nbytes < 1_000_000 else _INNER_LARGE)
                 row = {"P": P, "dtype": dtype, "size": size, "bytes": nbytes, "op": op, "ms": _ms(found)}
                 rows.append(row)
                 if rank == 0:

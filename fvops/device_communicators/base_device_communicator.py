@@ -109,8 +109,8 @@ class DeviceCommunicatorBase:
             return DistributedAutograd.AllGather.apply(self, input_, self.world_size, dim)
         self.check("all_gather", input_)
         dim = checks.check_concat("all_gather", self.unique_name, input_, dim)
-        output, parts = self._concatenation(input_, dim)
-        self._issue("all_gather", input_, {"dim": dim}, self.transport.all_gather, parts, input_)
+        output = self._room_for_all(input_, dim)
+        self._issue("all_gather", input_, {"dim": dim}, self.transport.all_gather_along, output, input_, dim)
         return output
 
     def reduce_scatter(self, input_: Tensor, op: Any = dist.ReduceOp.SUM, dim: int = -1) -> Tensor:
@@ -199,7 +199,8 @@ class DeviceCommunicatorBase:
         self.check("gather", input_, differentiable=False)
         checks.check_place("gather", self.unique_name, "dst", dst, self.world_size)
         dim = checks.check_concat("gather", self.unique_name, input_, dim)
-        output, parts = self._concatenation(input_, dim) if self.rank == dst else (None, None)
+        output = self._room_for_all(input_, dim) if self.rank == dst else None
+        parts = None if output is None else layout.chunks_by_rank(output, dim, self.world_size)
         self._issue("gather", input_, {"dst": dst, "dim": dim}, self.transport.gather, parts, input_, dst)
         return output
 
@@ -255,12 +256,11 @@ class DeviceCommunicatorBase:
         """What carries out exchanges that are started and not waited for yet."""
         return Worker(self) if self.device.type == "cpu" else AtOnce(self)
 
-    def _concatenation(self, input_: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        """The output of P tensors like `input_` along `dim`, and its rank-major view."""
+    def _room_for_all(self, input_: Tensor, dim: int) -> Tensor:
+        """Memory for P tensors like `input_`, one after another along `dim`."""
         shape = list(input_.shape)
         shape[dim] *= self.world_size
-        output = self.transport.empty(shape, input_.dtype)
-        return output, layout.chunks_by_rank(output, dim, self.world_size)
+        return self.transport.empty(shape, input_.dtype)
 
     def check(self, op: str, tensor: Tensor, differentiable: bool = True) -> None:
         """TypeError or ValueError unless the group's collectives take `tensor`."""

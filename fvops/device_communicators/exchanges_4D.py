@@ -32,9 +32,9 @@ def single(
     """One tensor; `DeviceCommunicatorBase.all_to_all_4D`."""
     communicator.check("all_to_all_4D", input_)
     checks.check_all_to_all_4D(communicator.unique_name, input_, scatter_dim, gather_dim, communicator.world_size)
-    output, to_parts, from_parts = _views(communicator, input_, scatter_dim)
+    output = _output(communicator, input_, scatter_dim)
     arguments = {"scatter_dim": scatter_dim, "gather_dim": gather_dim}
-    issue("all_to_all_4D", input_, arguments, communicator.transport.exchange, [to_parts], [from_parts])
+    issue("all_to_all_4D", input_, arguments, communicator.transport.exchange_4D, [output], [input_], scatter_dim)
     return output
 
 
@@ -47,16 +47,11 @@ def coalesced(
     )
     for input_ in inputs:
         communicator.check("all_to_all_4D_coalesced", input_)
-    views = [_views(communicator, input_, scatter_dim) for input_ in inputs]
-    issue(
-        "all_to_all_4D_coalesced",
-        inputs,
-        {"scatter_dim": scatter_dim, "gather_dim": gather_dim},
-        communicator.transport.exchange,
-        [to_parts for _, to_parts, _ in views],
-        [from_parts for _, _, from_parts in views],
-    )
-    return [output for output, _, _ in views]
+    outputs = [_output(communicator, input_, scatter_dim) for input_ in inputs]
+    arguments = {"scatter_dim": scatter_dim, "gather_dim": gather_dim}
+    exchange = communicator.transport.exchange_4D
+    issue("all_to_all_4D_coalesced", inputs, arguments, exchange, outputs, inputs, scatter_dim)
+    return outputs
 
 
 def packed(
@@ -107,12 +102,9 @@ def start(
     return Started(outputs, *begun)
 
 
-def _views(communicator: DeviceCommunicatorBase, input_: Tensor, scatter_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The output of a 4D exchange, its rank-major view, and the input's."""
+def _output(communicator: DeviceCommunicatorBase, input_: Tensor, scatter_dim: int) -> Tensor:
+    """Memory for the result."""
     B, S, H, D = input_.shape
     P = communicator.world_size
-    if scatter_dim == 2:
-        output = communicator.transport.empty((B, S * P, H // P, D), input_.dtype)
-        return output, layout.sequence_by_rank(output, P), layout.heads_by_rank(input_, P)
-    output = communicator.transport.empty((B, S // P, H * P, D), input_.dtype)
-    return output, layout.heads_by_rank(output, P), layout.sequence_by_rank(input_, P)
+    shape = (B, S * P, H // P, D) if scatter_dim == 2 else (B, S // P, H * P, D)
+    return communicator.transport.empty(shape, input_.dtype)

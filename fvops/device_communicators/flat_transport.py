@@ -86,6 +86,10 @@ class FlatTransport:
         self._all_to_all(recvs, pack(inputs))
         unpack(recvs, outputs)
 
+    def exchange_4D(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], scatter_dim: int) -> None:
+        """`exchange` for ``all_to_all_4D``; tensors ``[B, S, H, D]``, of which `scatter_dim` is cut."""
+        self.exchange(*layout.exchange_by_rank(outputs, inputs, scatter_dim, self.world_size))
+
     def exchange_rows(
         self, output: Tensor, input_: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]
     ) -> None:
@@ -99,6 +103,10 @@ class FlatTransport:
         (send,) = pack([input_])
         self._all_gather(recv, send)
         unpack([recv], [outputs])
+
+    def all_gather_along(self, output: Tensor, input_: Tensor, dim: int) -> None:
+        """`output` is the peers' inputs, one after another along `dim`."""
+        self.all_gather(layout.chunks_by_rank(output, dim, self.world_size), input_)
 
     def gather(self, outputs: Tensor | None, input_: Tensor, dst: int) -> None:
         """As `all_gather`, on `dst`; elsewhere `outputs` is None."""

@@ -7,6 +7,8 @@ than one of the pushed pieces is not yet drained. Neither side needs to know wha
 
 from __future__ import annotations
 
+from array import array
+
 from torch import Tensor
 
 from fvops.device_communicators.shm.op_codes import name
@@ -32,11 +34,23 @@ def pieces(x: Tensor, slot_bytes: int) -> list[Tensor]:
 class _End:
     """What both ends know: the segment that holds the slots, the counters, and who is at the other end."""
 
-    def __init__(self, watch: Watch, kind: int, source: int, destination: int) -> None:
+    def __init__(
+        self, watch: Watch, kind: int, source: int, destination: int, counts: memoryview | None, at: int
+    ) -> None:
         self._watch = watch
         self._segment = watch.segments[destination]
         self._layout = self._segment.layout.channel(kind, source)
-        self._count = 0
+        self._counts = memoryview(array("I", [0] * (at + 1))) if counts is None else counts
+        self._at = at
+
+    @property
+    def _count(self) -> int:
+        """Pieces that went through this end."""
+        return self._counts[self._at]
+
+    @_count.setter
+    def _count(self, count: int) -> None:
+        self._counts[self._at] = count & _MASK
 
     @property
     def slot_bytes(self) -> int:
@@ -54,15 +68,19 @@ class _End:
 
 
 class Outlet(_End):
-    """The sending end, at this rank, of a channel to `place`."""
+    """The sending end, at this rank, of a channel to `place`; counts in ``counts[place]`` if given."""
 
-    def __init__(self, watch: Watch, kind: int, place: int) -> None:
-        super().__init__(watch, kind, watch.me, place)
+    def __init__(self, watch: Watch, kind: int, place: int, counts: memoryview | None = None) -> None:
+        super().__init__(watch, kind, watch.me, place, counts, place)
         self._place = place
 
     def free_slots(self) -> int:
         """How many pieces can be pushed without waiting."""
         return SLOTS - ((self._count - self._segment.words[self._layout.drained]) & _MASK)
+
+    def await_slot(self) -> None:
+        """Wait until the next slot is free."""
+        self._watch.reach(self._segment, self._layout.drained, (self._count + 1 - SLOTS) & _MASK, self._place)
 
     def push(self, op: int, x: Tensor, nbytes: int | None = None) -> None:
         """Copy `x`, at most `slot_bytes`, into the next slot, waiting for it to be free.
@@ -72,22 +90,33 @@ class Outlet(_End):
             nbytes: what the receiver must expect, checked there; default the bytes of `x`.
         """
         layout, segment = self._layout, self._segment
-        self._watch.reach(segment, layout.drained, (self._count + 1 - SLOTS) & _MASK, self._place)
+        self.await_slot()
         if x.numel():
             self._slot(x).copy_(x)
         header = self._header()
         segment.words[header] = op
         segment.quads[header // 2 + 1] = x.numel() * x.element_size() if nbytes is None else nbytes
-        self._count = (self._count + 1) & _MASK
+        self._count += 1
         segment.publish(layout.pushed, self._count)
 
 
 class Inlet(_End):
-    """The receiving end, at this rank, of a channel from `place`."""
+    """The receiving end, at this rank, of a channel from `place`; counts in ``counts[place]`` if given."""
 
-    def __init__(self, watch: Watch, kind: int, place: int) -> None:
-        super().__init__(watch, kind, place, watch.me)
+    def __init__(self, watch: Watch, kind: int, place: int, counts: memoryview | None = None) -> None:
+        super().__init__(watch, kind, place, watch.me, counts, place)
         self._place = place
+
+    def await_piece(self) -> None:
+        """Wait until the next piece is there."""
+        self._watch.reach(self._segment, self._layout.pushed, (self._count + 1) & _MASK, self._place)
+
+    def check(self, op: int, nbytes: int) -> None:
+        """PeerError unless the next piece, which is there, belongs to call `op` and announces `nbytes`."""
+        header = self._header()
+        found = self._segment.words[header], self._segment.quads[header // 2 + 1]
+        if found != (op, nbytes):
+            raise mismatch(self._place, found, (op, nbytes))
 
     def peek(self, op: int, like: Tensor, nbytes: int | None = None) -> Tensor:
         """The next piece, as a tensor in its slot with the shape and dtype of `like`; valid until `release`.
@@ -95,18 +124,13 @@ class Inlet(_End):
         Raises:
             PeerError: the peer is gone, or the piece belongs to another collective or has another size.
         """
-        layout, segment = self._layout, self._segment
-        self._watch.reach(segment, layout.pushed, (self._count + 1) & _MASK, self._place)
-        expected = like.numel() * like.element_size() if nbytes is None else nbytes
-        header = self._header()
-        found = segment.words[header], segment.quads[header // 2 + 1]
-        if found != (op, expected):
-            raise mismatch(self._place, found, (op, expected))
+        self.await_piece()
+        self.check(op, like.numel() * like.element_size() if nbytes is None else nbytes)
         return self._slot(like)
 
     def release(self) -> None:
         """Give the slot of the last `peek` back to the sender."""
-        self._count = (self._count + 1) & _MASK
+        self._count += 1
         self._segment.publish(self._layout.drained, self._count)
 
     def pull(self, op: int, x: Tensor, nbytes: int | None = None) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from fvops.device_communicators.shm.channel import Inlet, Outlet, mismatch, pieces
+from fvops.device_communicators.shm.counters import Counters
 from fvops.device_communicators.shm.segment_layout import OP, STEP, TABLE_ENTRIES
 from fvops.device_communicators.shm.watch import Watch
 
@@ -22,18 +23,18 @@ Parts = Mapping[int, Sequence[Tensor]]
 
 
 class Exchange:
-    """Exchanges of one group at one rank; `outlets` and `inlets` are by place."""
+    """Exchanges of one group at one rank; `outlets` and `inlets`, attributes too, are by place."""
 
-    def __init__(self, watch: Watch, outlets: Mapping[int, Outlet], inlets: Mapping[int, Inlet]) -> None:
+    def __init__(
+        self, watch: Watch, outlets: Mapping[int, Outlet], inlets: Mapping[int, Inlet], counters: Counters
+    ) -> None:
         self._watch = watch
         self._own = watch.segments[watch.me]
-        self._outlets = outlets
-        self._inlets = inlets
+        self.outlets = outlets
+        self.inlets = inlets
         self._table = self._own.layout.table
-        self._step = 0
-        # How many flags went to and came from each place: a flag is a count, so that none is mistaken for an older one.
-        self._raised = dict.fromkeys(outlets, 0)
-        self._seen = dict.fromkeys(inlets, 0)
+        # A flag is a count, so that none is mistaken for an older one.
+        self._counters = counters
 
     def run(
         self,
@@ -74,8 +75,8 @@ class Exchange:
 
     def through_channels(self, op: int, give: Parts, receive: Parts, own: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
         """The same movement through the channels alone, in rounds of one piece to and from each peer."""
-        gone = [(self._outlets[j], _all_pieces(parts, self._outlets[j].slot_bytes)) for j, parts in give.items()]
-        come = [(self._inlets[i], _all_pieces(parts, self._inlets[i].slot_bytes)) for i, parts in receive.items()]
+        gone = [(self.outlets[j], _all_pieces(parts, self.outlets[j].slot_bytes)) for j, parts in give.items()]
+        come = [(self.inlets[i], _all_pieces(parts, self.inlets[i].slot_bytes)) for i, parts in receive.items()]
         for outlet, parts in gone:
             if parts:
                 outlet.push(op, parts[0])
@@ -100,8 +101,8 @@ class Exchange:
                 quads[entry + 1] = part.numel() * part.element_size()
                 entry += 2
         own.words[OP] = op
-        self._step = (self._step + 1) & _MASK
-        own.publish(STEP, self._step)
+        self._counters.step[0] = step = (self._counters.step[0] + 1) & _MASK
+        own.publish(STEP, step)
 
     def await_post(self, op: int, place: int, parts: Sequence[Tensor]) -> list[int]:
         """Byte offsets in the segment of `place` at which it wants `parts`; 0 for what must go through the channel.
@@ -110,7 +111,7 @@ class Exchange:
             PeerError: it is in another collective, or expects other sizes.
         """
         segment = self._watch.segments[place]
-        self._watch.reach(segment, STEP, self._step, place)
+        self._watch.reach(segment, STEP, self._counters.step[0], place)
         entry = self._table + 2 * self._watch.me * len(parts)
         offsets = []
         for part in parts:
@@ -125,15 +126,16 @@ class Exchange:
     def raise_flag(self, place: int) -> None:
         """Tell `place` that all it has posted room for is there."""
         segment = self._watch.segments[place]
-        self._raised[place] = count = (self._raised[place] + 1) & _MASK
+        raised = self._counters.raised
+        raised[place] = count = (raised[place] + 1) & _MASK
         segment.publish(segment.layout.flag(self._watch.me), count)
 
     def finish(self, op: int, homeless: Parts, receive: Parts) -> None:
         """Move the rest through the channels, and wait for all flags."""
-        own, watch = self._own, self._watch
+        own, watch, seen = self._own, self._watch, self._counters.seen
         self.through_channels(op, homeless, {i: self._not_pooled(parts) for i, parts in receive.items()})
         for place in receive:
-            self._seen[place] = count = (self._seen[place] + 1) & _MASK
+            seen[place] = count = (seen[place] + 1) & _MASK
             watch.reach(own, own.layout.flag(place), count, place)
 
     def _not_pooled(self, parts: Sequence[Tensor]) -> list[Tensor]:

@@ -19,18 +19,22 @@ from torch import Tensor
 from fvops import envs
 from fvops.device_communicators.shm.arithmetic import REDUCTIONS
 from fvops.device_communicators.shm.channel import Inlet, Outlet
+from fvops.device_communicators.shm.counters import Counters
 from fvops.device_communicators.shm.creation import Formation, form_segments
 from fvops.device_communicators.shm.exchange import Exchange, Parts
 from fvops.device_communicators.shm.messages import Messages
+from fvops.device_communicators.shm.mover import Mover, MoverOptions, compiled
 from fvops.device_communicators.shm.op_codes import code
 from fvops.device_communicators.shm.pool import Pool
 from fvops.device_communicators.shm.reductions import Reductions
 from fvops.device_communicators.shm.segment_layout import BARRIERS, COLLECTIVES, MESSAGES
 from fvops.device_communicators.shm.watch import PeerError, Watch
+from fvops.kernels import layout
 
 __all__ = ["ShmTransport"]
 
 _MASK = (1 << 32) - 1
+_ALL_TO_ALL, _ALL_GATHER = code("all_to_all"), code("all_gather")
 # Parts of up to so many bytes go through the channels at once: copying them twice costs less than waiting for a post.
 _EAGER_BYTES = 64 << 10
 
@@ -42,7 +46,14 @@ class ShmTransport:
     """
 
     def __init__(
-        self, me: int, places: int, name: str, formation: Formation, timeout_s: float, eager_bytes: int
+        self,
+        me: int,
+        places: int,
+        name: str,
+        formation: Formation,
+        timeout_s: float,
+        eager_bytes: int,
+        options: MoverOptions,
     ) -> None:
         self.rank = me
         self._eager_bytes = eager_bytes
@@ -52,9 +63,12 @@ class ShmTransport:
         # Starting with the next place, so that not all ranks push to the same one first.
         self._others = [(me + distance) % places for distance in range(1, places)]
         self._watch = watch = Watch(me, formation.segments, formation.peers, timeout_s)
-        outlets = {j: Outlet(watch, COLLECTIVES, j) for j in self._others}
-        inlets = {i: Inlet(watch, COLLECTIVES, i) for i in self._others}
-        self._exchange = Exchange(watch, outlets, inlets)
+        counters = Counters(places)
+        outlets = {j: Outlet(watch, COLLECTIVES, j, counters.sent) for j in self._others}
+        inlets = {i: Inlet(watch, COLLECTIVES, i, counters.taken) for i in self._others}
+        self._exchange = Exchange(watch, outlets, inlets, counters)
+        module = compiled() if options.wanted else None
+        self._mover = None if module is None else Mover(module, watch, self._exchange, counters, eager_bytes, options)
         layout = formation.segments[me].layout
         self._reductions = Reductions(me, outlets, inlets, layout.slot_bytes)
         self._messages = Messages(
@@ -79,6 +93,7 @@ class ShmTransport:
         segment_bytes: int | None = None,
         slot_bytes: int | None = None,
         eager_bytes: int = _EAGER_BYTES,
+        options: MoverOptions | None = None,
         folder: str = "/dev/shm",
     ) -> tuple[ShmTransport | None, str]:
         """The group's transport, on all ranks or on none, and in words what it is or why there is none. Collective.
@@ -91,6 +106,7 @@ class ShmTransport:
             segment_bytes: size of each rank's segment; default ``FVOPS_SHM_SEGMENT_MB``.
             slot_bytes: size of a piece, a multiple of 64; default by the number of ranks.
             eager_bytes: parts of up to so many go through the channels at once; the same on every rank.
+            options: what goes the way in C; default all that is worth it, unless ``FVOPS_SHM_COMPILED=0``.
             folder: where segments are created; tests use another one as another node.
         """
         timeout_s = envs.FVOPS_TIMEOUT_S if timeout_s is None else timeout_s
@@ -99,7 +115,9 @@ class ShmTransport:
         if formation is None:
             return None, words
         me, places = dist.get_rank(cpu_group), dist.get_world_size(cpu_group)
-        return cls(me, places, name, formation, timeout_s, eager_bytes), words
+        options = MoverOptions(envs.FVOPS_SHM_COMPILED) if options is None else options
+        words += f"; this rank's exchanges are {_how(options)}"
+        return cls(me, places, name, formation, timeout_s, eager_bytes, options), words
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialized contiguous tensor for a result: pooled shared memory if it is large and there is room."""
@@ -122,12 +140,27 @@ class ShmTransport:
             inputs: rank-major views of the same shapes, any strides.
         """
         with self._turn:
-            self._move(code("all_to_all"), outputs, inputs)
+            if self._mover is None or not self._mover.parts(_ALL_TO_ALL, outputs, inputs):
+                self._move(_ALL_TO_ALL, outputs, inputs)
+
+    def exchange_4D(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], scatter_dim: int) -> None:
+        """`exchange` for ``all_to_all_4D``; tensors ``[B, S, H, D]``, of which `scatter_dim` is cut."""
+        with self._turn:
+            if self._mover is None or not self._mover.exchange_4D(_ALL_TO_ALL, outputs, inputs, scatter_dim):
+                parts = layout.exchange_by_rank(outputs, inputs, scatter_dim, self.world_size)
+                self._move(_ALL_TO_ALL, *parts)
+
+    def all_gather_along(self, output: Tensor, input: Tensor, dim: int) -> None:
+        """`output`, from `empty`, becomes the places' `input`, one after another along `dim`."""
+        with self._turn:
+            if self._mover is None or not self._mover.all_gather(_ALL_GATHER, output, input, dim):
+                parts = layout.chunks_by_rank(output, dim, self.world_size)
+                self._move(_ALL_GATHER, (parts,), (input.expand(parts.shape),))
 
     def all_gather(self, outputs: Tensor, input: Tensor) -> None:
         """``outputs[j]`` becomes place j's `input`; `outputs` is a rank-major view of a tensor from `empty`."""
         with self._turn:
-            self._move(code("all_gather"), (outputs,), (input.expand(outputs.shape),))
+            self._move(_ALL_GATHER, (outputs,), (input.expand(outputs.shape),))
 
     def exchange_rows(
         self, output: Tensor, input: Tensor, output_rows: Sequence[int], input_rows: Sequence[int]
@@ -323,6 +356,12 @@ class _Turn:
             culprit = error.places[0] if isinstance(error, PeerError) and error.places else self._watch.me
             self._watch.fail(f"{type(error).__name__}: {error}", culprit)
         self._lock.release()
+
+
+def _how(options: MoverOptions) -> str:
+    if not options.wanted:
+        return "in Python (FVOPS_SHM_COMPILED=0)"
+    return "in Python (installed without the extension in C)" if compiled() is None else "in C"
 
 
 def _check_reduction(reduce_op: str) -> None:
