@@ -196,7 +196,7 @@ def perform(transport: Any, call: Call, x: Tensor) -> Tensor | None:
         y = transport.empty(parts.shape[1:], x.dtype)
         transport.reduce_scatter(y, parts, args["op"])
     else:
-        y = transport.empty(x.shape, x.dtype)
+        y = transport.like(x)
         if call.op == "all_reduce":
             transport.all_reduce(y, x, args["op"])
         elif call.op == "reduce":

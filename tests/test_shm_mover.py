@@ -200,3 +200,101 @@ def test_ranks_that_call_different_things_are_told_so(two_ranks: Ranks, way: str
     texts = two_ranks.run(_disagree, way, kind)
     assert any("every rank must issue the same call" in text for text in texts), texts
     assert all("place" in text for text in texts)
+
+
+SUMMED = (torch.float32, torch.float64, torch.bfloat16, torch.int32, torch.uint32, torch.int64)
+
+
+def _sums(how: str, sizes: list[int]) -> list[str]:
+    """Which sums and averages differ by a bit from those of a transport without C."""
+    import fvops
+
+    odd = fvops.get_sp_group().rank_in_group % 2
+    in_c = not (how == "mixed" and odd)
+    # Slots of 4 KB: several pieces each. "uneven": odd places have no pool, so their results come through the channels.
+    limits = {"slot_bytes": 4096, "segment_bytes": 64 << 10 if how == "uneven" else 16 << 20}
+    wrong, hogs = [], []
+    with (
+        fresh_transport(options=MoverOptions(wanted=in_c), **limits) as transport,
+        fresh_transport(options=MoverOptions(wanted=False)) as other,
+    ):
+        P, rank = transport.world_size, transport.rank
+        if how == "uneven" and odd:
+            while (hog := transport._pool.empty((64,), torch.uint8)) is not None:
+                hogs.append(hog)
+        elif in_c and how != "uneven":
+            transport._reductions.run = None
+        for seed, dtype in enumerate(SUMMED):
+            for size in sizes:
+                for op in ("sum", "avg") if dtype.is_floating_point else ("sum",):
+                    x = make((size * P, 3), dtype, "contiguous", 1000 * seed + rank, numbers=dtype.is_floating_point)
+                    for name in ("all_reduce", "reduce_scatter"):
+                        like = x if name == "all_reduce" else x[:size]
+                        results = [way.like(like) for way in (transport, other)]
+                        for way, y in zip((transport, other), results, strict=True):
+                            getattr(way, name)(y, x if name == "all_reduce" else x.view(P, size, 3), op)
+                        if not torch.equal(bits(results[0]), bits(results[1])):
+                            wrong.append(f"{name} {op} of {size} {dtype}")
+        transport.barrier()
+        other.barrier()
+    return wrong
+
+
+@needs_extension
+@pytest.mark.parametrize("how", ["alike", "mixed", "uneven"])
+def test_sums_have_the_bits_of_those_in_python(ranks: Ranks, how: str) -> None:
+    # Together and in shares; one piece, several, and a last one that is shorter.
+    assert ranks.run(_sums, how, [1, 5, 340, 341, 1000, 20_011]) == [[]] * ranks.world_size
+
+
+def _other_sums() -> list[str]:
+    """What is left to Python: other reductions, dtypes and layouts."""
+    wrong = []
+    with fresh_transport() as transport:
+        P, rank = transport.world_size, transport.rank
+        for op, dtype in (
+            ("max", torch.float32),
+            ("product", torch.int64),
+            ("sum", torch.float16),
+            ("sum", torch.int8),
+        ):
+            x = torch.full((40,), rank + 1, dtype=dtype)
+            y = transport.empty((40,), dtype)
+            if transport._mover.all_reduce(5, y, x, op, True):
+                wrong.append(f"{op} of {dtype} was taken")
+            transport.all_reduce(y, x, op)
+            wanted = {"max": P, "product": torch.arange(1, P + 1).prod(), "sum": P * (P + 1) // 2}[op]
+            if not bool((y == wanted).all()):
+                wrong.append(f"{op} of {dtype}: {y[0]}")
+        x = torch.arange(12.0).view(3, 4).t() + rank
+        y = transport.empty((4, 3), torch.float32)
+        transport.all_reduce(y, x, "sum")
+        if not torch.equal(y, P * torch.arange(12.0).view(3, 4).t() + P * (P - 1) / 2):
+            wrong.append("transposed")
+        transport.barrier()
+    return wrong
+
+
+@needs_extension
+def test_reductions_that_c_does_not_take(ranks: Ranks) -> None:
+    assert ranks.run(_other_sums) == [[]] * ranks.world_size
+
+
+def _unlike_sums(way: str, size: int) -> str:
+    import fvops
+
+    with fresh_transport(timeout_s=5.0, **WAYS[way]) as transport:
+        n = size + transport.world_size * (transport.rank == 0)
+        with pytest.raises(RuntimeError) as caught:
+            transport.all_reduce(transport.empty((n,), torch.float32), torch.ones(n), "sum")
+        fvops.get_sp_group().barrier()
+        return str(caught.value)
+
+
+@needs_extension
+@pytest.mark.parametrize("size", [100, 400_000], ids=["one piece", "shares"])
+@pytest.mark.parametrize("way", WAYS)
+def test_sums_of_unlike_sizes_are_told(two_ranks: Ranks, way: str, size: int) -> None:
+    texts = two_ranks.run(_unlike_sums, way, size)
+    assert any("every rank must issue the same call" in text for text in texts), texts
+    assert all("place" in text for text in texts)

@@ -1,7 +1,8 @@
-"""The exchange in C (`mover.c`), where it was compiled: the same protocol, in one call instead of some dozens.
+"""Exchanges and sums in C (`mover.c`), where it was compiled: the same protocol, in one call instead of some dozens.
 
 A *plan* says how each tensor of an exchange is copied; it depends on shapes and strides alone and is kept. What no plan
-covers (rows of a few bytes, results outside the pool, lazily conjugated tensors) goes the way of `exchange.py`.
+covers (rows of a few bytes, results outside the pool, lazily conjugated tensors, reductions other than sum and average)
+goes the way of `exchange.py` and `reductions.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from fvops.device_communicators.shm.counters import Counters
 from fvops.device_communicators.shm.exchange import Exchange
+from fvops.device_communicators.shm.reductions import shares
 from fvops.device_communicators.shm.segment_layout import COLLECTIVES, OP, SLOTS, STEP
 from fvops.device_communicators.shm.watch import Watch
 from fvops.kernels import layout
@@ -27,8 +29,18 @@ from fvops.kernels.parts_plan import Pair, merged_axes
 __all__ = ["Mover", "MoverOptions", "compiled"]
 
 # What `begin` and `advance` return in the lowest 8 bits; above are 8 of the place, and the tensor. As in mover.c.
-_DONE, _NEEDS_POST, _NEEDS_FLAG, _NEEDS_SLOT, _NEEDS_PIECE, _MISMATCH, _HOMELESS = range(7)
-_MOST_TENSORS, _MOST_AXES = 64, 4
+_DONE, _NEEDS_POST, _NEEDS_FLAG, _NEEDS_SLOT, _NEEDS_PIECE, _WRONG_POST, _WRONG_PIECE, _HOMELESS = range(8)
+_MOST_PLACES, _MOST_TENSORS, _MOST_AXES = 64, 64, 4
+# What arithmetic.h can add up; sums of unsigned numbers have the bits of signed ones.
+_ARITHMETIC = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.int32: 2,
+    torch.uint32: 2,
+    torch.int64: 3,
+    torch.uint64: 3,
+    torch.bfloat16: 4,
+}
 _MOST_PLANS = 256
 # How often C looks for a peer before Python sleeps for it, learnt as in watch.py. A look with its pause takes about
 # 40 ns, a sleep and being woken 50 us and more.
@@ -36,6 +48,11 @@ _FEWEST_LOOKS, _MOST_LOOKS = 20, 8000
 
 # The rank-major views of what an exchange fills and of what it reads.
 Views = Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]]
+
+
+def _parts_of(answer: int) -> tuple[int, int, int]:
+    """What is needed, of which place, and at which tensor or piece."""
+    return answer & 255, answer >> 8 & 255, answer >> 16
 
 
 @dataclass(frozen=True)
@@ -73,8 +90,26 @@ class _Plan:
         self.eager = eager
 
 
+class _Reduction:
+    """How a reduction's terms are cut: `values` are what mover.c reads, `own` offset and bytes of this rank's."""
+
+    def __init__(
+        self, me: int, arithmetic: int, average: bool, spread: bool, chunk: int, terms: Sequence[tuple[int, int]]
+    ) -> None:
+        offsets, sizes = zip(*terms, strict=True)
+        unused = [0] * (_MOST_PLACES - len(terms))
+        self.values = array("q", [arithmetic, average, spread, chunk, *offsets, *unused, *sizes, *unused])
+        self.address = self.values.buffer_info()[0]
+        self.own = terms[me]
+        self._chunk = chunk
+
+    def piece_bytes(self, number: int) -> int:
+        """Of a piece of this rank's term."""
+        return min(self._chunk, self.own[1] - number * self._chunk)
+
+
 class Mover:
-    """The exchanges of one group at one rank.
+    """The exchanges and reductions of one group at one rank.
 
     Args:
         eager_bytes: parts of up to so many bytes go through the channels.
@@ -119,7 +154,7 @@ class Mover:
         crowded = len(segments) > len(os.sched_getaffinity(0))
         looks = (_FEWEST_LOOKS, _FEWEST_LOOKS if crowded else _MOST_LOOKS)
         self._handle = module.create(watch.me, counters.address, numbers, segments, *looks)
-        self._plans: dict[Any, _Plan | None] = {}
+        self._plans: dict[Any, _Plan | _Reduction | None] = {}
 
     # These return False, having done nothing, where an exchange is not for C. They raise PeerError as `Watch.reach`, or
     # when a peer is in another collective or expects other sizes.
@@ -148,24 +183,94 @@ class Mover:
         key = tuple([(x.shape, x.stride(), y.stride(), x.dtype) for x, y in zip(inputs, outputs, strict=True)])
         return self._run(op, key, outputs, inputs, lambda: (outputs, inputs))
 
-    def _run(self, op: int, key: Any, outputs: Sequence[Tensor], inputs: Sequence[Tensor], views: Views) -> bool:
-        """The exchange of `views`, which begin where `outputs` and `inputs` do; `key` is what its plan depends on."""
+    def reduce_scatter(self, op: int, output: Tensor, inputs: Tensor, reduce_op: str) -> bool:
+        """`ShmTransport.reduce_scatter`."""
+
+        def plan() -> _Reduction | None:
+            part, step = inputs[0], inputs.stride(0) * inputs.element_size()
+            terms = [(place * step, part.numel() * part.element_size()) for place in range(self._P)]
+            return self._reduction(part, reduce_op, terms, spread=False)
+
+        key = (reduce_op, inputs.shape, inputs.stride(), inputs.dtype)
+        return self._reduce(op, output, inputs, self._kept(key, plan))
+
+    def all_reduce(self, op: int, output: Tensor, input: Tensor, reduce_op: str, together: bool) -> bool:
+        """`ShmTransport.all_reduce`; not `together`: each place reduces its share, and hands it to the others."""
+
+        def plan() -> _Reduction | None:
+            nbytes, item = input.numel() * input.element_size(), input.element_size()
+            if together:
+                return self._reduction(input, reduce_op, [(0, nbytes)] * self._P, spread=False)
+            sizes = [size * item for size in shares(input.numel(), self._P)]
+            terms = [(sum(sizes[:place]), size) for place, size in enumerate(sizes)]
+            return self._reduction(input.view(-1), reduce_op, terms, spread=True) if input.is_contiguous() else None
+
+        if not together and not self._is_pooled(output):
+            return False
+        key = (reduce_op, together, input.shape, input.stride(), input.dtype)
+        return self._reduce(op, output, input, self._kept(key, plan))
+
+    def _reduction(
+        self, term: Tensor, reduce_op: str, terms: Sequence[tuple[int, int]], spread: bool
+    ) -> _Reduction | None:
+        """The plan in which place j's term is ``terms[j]``, offset and bytes; they are cut as `term` is."""
+        arithmetic = _ARITHMETIC.get(term.dtype)
+        if arithmetic is None or reduce_op not in ("sum", "avg") or not term.is_contiguous():
+            return None
+        chunk = max(nbytes for _, nbytes in terms)
+        if chunk > self._slot_bytes:  # as `channel.pieces` cuts
+            row_bytes = term.numel() * term.element_size() // term.size(0)
+            chunk = self._slot_bytes // row_bytes * row_bytes
+        if chunk == 0:
+            return None
+        return _Reduction(self._watch.me, arithmetic, reduce_op == "avg", spread, chunk, terms)
+
+    def _reduce(self, op: int, output: Tensor, input: Tensor, plan: _Reduction | None) -> bool:
+        address = input.data_ptr()
+        if plan is None or input.is_neg() or address % input.element_size():
+            return False
+        answer = self._module.reduce(self._handle, plan.address, op, address, output.data_ptr())
+        while answer:
+            need, place, number = _parts_of(answer)
+            if need == _WRONG_PIECE:
+                self._exchange.inlets[place].check(op, plan.piece_bytes(number - 1))
+            elif need in (_WRONG_POST, _HOMELESS):
+                first, size = (number // output.element_size() for number in plan.own)
+                own = (output.view(-1)[first : first + size],)
+                if need == _HOMELESS:
+                    places = [j for j, bits in enumerate(self._module.homeless(self._handle)) if bits]
+                    self._exchange.through_channels(op, dict.fromkeys(places, own), {})
+                else:
+                    self._exchange.await_post(op, place, own)
+            else:
+                self._await(need, place)
+            answer = self._module.advance(self._handle)
+        return True
+
+    def _is_pooled(self, output: Tensor) -> bool:
+        return 0 <= output.data_ptr() - self._address < self._size
+
+    def _kept(self, key: Any, make: Callable[[], Any]) -> Any:
         try:
-            plan = self._plans[key]
+            return self._plans[key]
         except KeyError:
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
-            plan = self._plans[key] = self._plan(*views())
+            self._plans[key] = plan = make()
+            return plan
+
+    def _run(self, op: int, key: Any, outputs: Sequence[Tensor], inputs: Sequence[Tensor], views: Views) -> bool:
+        """The exchange of `views`, which begin where `outputs` and `inputs` do; `key` is what its plan depends on."""
+        plan: _Plan | None = self._kept(key, lambda: self._plan(*views()))
         if plan is None:
             return False
         addresses: list[int] = []
         for x, y in zip(inputs, outputs, strict=True):
             if x.is_neg() or x.is_conj():
                 return False
-            target = y.data_ptr()
-            if not plan.eager and not 0 <= target - self._address < self._size:
+            if not plan.eager and not self._is_pooled(y):
                 return False
-            addresses += (x.data_ptr(), target)
+            addresses += (x.data_ptr(), y.data_ptr())
         answer = self._module.begin(self._handle, plan.address, op, *addresses)
         while answer:
             self._serve(answer, op, plan, views)
@@ -174,25 +279,29 @@ class Mover:
 
     def _serve(self, answer: int, op: int, plan: _Plan, views: Views) -> None:
         """What the exchange cannot go on without: a word of a peer, or parts that have to go through the channels."""
-        need, place, tensor = answer & 255, answer >> 8 & 255, answer >> 16
-        watch, counters, exchange = self._watch, self._counters, self._exchange
+        need, place, tensor = _parts_of(answer)
+        if need == _HOMELESS:
+            wanted = enumerate(self._module.homeless(self._handle))
+            _, inputs = views()
+            give = {j: [x[j] for t, x in enumerate(inputs) if bits >> t & 1] for j, bits in wanted if bits}
+            self._exchange.through_channels(op, give, {})
+        elif need == _WRONG_PIECE:
+            self._exchange.inlets[place].check(op, plan.sizes[tensor])
+        elif need == _WRONG_POST:
+            self._exchange.await_post(op, place, [x[place] for x in views()[1]])
+        else:
+            self._await(need, place)
+
+    def _await(self, need: int, place: int) -> None:
+        watch, counters = self._watch, self._counters
         if need == _NEEDS_POST:
             watch.reach(watch.segments[place], STEP, counters.step[0], place)
         elif need == _NEEDS_FLAG:
             watch.reach(self._own, self._own.layout.flag(place), counters.seen[place], place)
         elif need == _NEEDS_SLOT:
-            exchange.outlets[place].await_slot()
-        elif need == _NEEDS_PIECE:
-            exchange.inlets[place].await_piece()
-        elif need == _HOMELESS:
-            wanted = enumerate(self._module.homeless(self._handle))
-            _, inputs = views()
-            give = {j: [x[j] for t, x in enumerate(inputs) if bits >> t & 1] for j, bits in wanted if bits}
-            exchange.through_channels(op, give, {})
-        elif plan.eager:
-            exchange.inlets[place].check(op, plan.sizes[tensor])
+            self._exchange.outlets[place].await_slot()
         else:
-            exchange.await_post(op, place, [x[place] for x in views()[1]])
+            self._exchange.inlets[place].await_piece()
 
     def _plan(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> _Plan | None:
         if len(inputs) > min(_MOST_TENSORS, self._exchange.most_tensors()):

@@ -13,7 +13,12 @@ from torch import Tensor
 from fvops.device_communicators.shm.arithmetic import combine
 from fvops.device_communicators.shm.channel import Inlet, Outlet, pieces
 
-__all__ = ["Reductions"]
+__all__ = ["Reductions", "shares"]
+
+
+def shares(numel: int, places: int) -> list[int]:
+    """How many elements each place reduces of a large all_reduce."""
+    return [numel * (place + 1) // places - numel * place // places for place in range(places)]
 
 
 class Reductions:

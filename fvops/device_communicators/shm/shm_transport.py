@@ -26,7 +26,7 @@ from fvops.device_communicators.shm.messages import Messages
 from fvops.device_communicators.shm.mover import Mover, MoverOptions, compiled
 from fvops.device_communicators.shm.op_codes import code
 from fvops.device_communicators.shm.pool import Pool
-from fvops.device_communicators.shm.reductions import Reductions
+from fvops.device_communicators.shm.reductions import Reductions, shares
 from fvops.device_communicators.shm.segment_layout import BARRIERS, COLLECTIVES, MESSAGES
 from fvops.device_communicators.shm.watch import PeerError, Watch
 from fvops.kernels import layout
@@ -57,6 +57,7 @@ class ShmTransport:
     ) -> None:
         self.rank = me
         self._eager_bytes = eager_bytes
+        self._reduced_together_bytes = 2 * eager_bytes // (places - 1)
         self.world_size = places
         self.name = "shared memory"
         self.device = torch.device("cpu")
@@ -121,16 +122,20 @@ class ShmTransport:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialized contiguous tensor for a result: pooled shared memory if it is large and there is room."""
-        # The parts of what is smaller go through the channels. A broken group leases nothing: a peer may still write.
-        if not self._watch.failure and math.prod(shape) * dtype.itemsize > self._eager_bytes * self.world_size:
+        # The parts of what is smaller go through the channels.
+        return self._room(shape, dtype, self._eager_bytes * self.world_size)
+
+    def like(self, input: Tensor) -> Tensor:
+        """A result of the input's shape and dtype, for `all_reduce`, `reduce` and `broadcast`."""
+        return self._room(input.shape, input.dtype, min(self._eager_bytes, self._reduced_together_bytes))
+
+    def _room(self, shape: Sequence[int], dtype: torch.dtype, least_bytes: int) -> Tensor:
+        # A broken group leases nothing: a peer may still write.
+        if not self._watch.failure and math.prod(shape) * dtype.itemsize > least_bytes:
             tensor = self._pool.empty(shape, dtype)
             if tensor is not None:
                 return tensor
         return torch.empty(tuple(shape), dtype=dtype)
-
-    def like(self, input: Tensor) -> Tensor:
-        """`empty` for a result of the input's shape and dtype."""
-        return self.empty(input.shape, input.dtype)
 
     def exchange(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
         """All to all: ``inputs[t][j]`` goes to place j, ``outputs[t][j]`` comes from it, for each tensor t.
@@ -207,21 +212,27 @@ class ShmTransport:
         """`output` becomes the reduction of the places' ``inputs[r]``, r this rank; `inputs` is a rank-major view."""
         _check_reduction(reduce_op)
         with self._turn:
+            op = code("reduce_scatter")
+            if self._mover is not None and self._mover.reduce_scatter(op, output, inputs, reduce_op):
+                return
             parts = inputs.unbind(0)
             terms = {j: parts[j] for j in self._others}
-            self._reductions.run(code("reduce_scatter"), terms, parts[self.rank], output, reduce_op)
+            self._reductions.run(op, terms, parts[self.rank], output, reduce_op)
 
     def all_reduce(self, output: Tensor, input: Tensor, reduce_op: str) -> None:
         """`output` becomes the reduction of the places' `input`, the same bits on every rank."""
         _check_reduction(reduce_op)
         with self._turn:
-            numel, P = input.numel(), self.world_size
-            # Everyone sends all of it to all others and reduces all of it: one wait instead of two.
-            if numel * input.element_size() * (P - 1) <= 2 * self._eager_bytes:
-                terms = dict.fromkeys(self._others, input)
-                self._reductions.run(code("all_reduce"), terms, input, output, reduce_op)
+            op = code("all_reduce")
+            # Everyone sends all of it to all others and reduces all of it: one wait instead of two. Else each a share.
+            together = input.numel() * input.element_size() <= self._reduced_together_bytes
+            if self._mover is not None and self._mover.all_reduce(op, output, input, reduce_op, together):
                 return
-            self._all_reduce_shares(output, input, reduce_op)
+            if together:
+                terms = dict.fromkeys(self._others, input)
+                self._reductions.run(op, terms, input, output, reduce_op)
+            else:
+                self._all_reduce_shares(op, output, input, reduce_op)
 
     def reduce(self, output: Tensor, input: Tensor, reduce_op: str, dst: int) -> None:
         """On `dst`, `output` becomes the reduction of the places' `input`; elsewhere it is not written."""
@@ -281,11 +292,10 @@ class ShmTransport:
     def _by_place(self, parts: Sequence[Tensor]) -> dict[int, tuple[Tensor]]:
         return {place: (parts[place],) for place in self._others}
 
-    def _all_reduce_shares(self, output: Tensor, input: Tensor, reduce_op: str) -> None:
+    def _all_reduce_shares(self, op: int, output: Tensor, input: Tensor, reduce_op: str) -> None:
         """Each rank reduces a share, and pushes each piece of it into the others' results as soon as it has it."""
-        op, numel, P, exchange = code("all_reduce"), input.numel(), self.world_size, self._exchange
-        sizes = [numel * (place + 1) // P - numel * place // P for place in range(P)]
-        shares, results = input.reshape(-1).split(sizes), output.view(-1).split(sizes)
+        exchange, sizes = self._exchange, shares(input.numel(), self.world_size)
+        mine, results = input.reshape(-1).split(sizes), output.view(-1).split(sizes)
         own = results[self.rank]
         receive = self._by_place(results)
         exchange.post(op, receive)
@@ -299,8 +309,8 @@ class ShmTransport:
                     self._watch.segments[place].make(offset, piece.shape, None, piece.dtype).copy_(piece)
                     offsets[place] = offset + piece.numel() * piece.element_size()
 
-        terms = {place: shares[place] for place in self._others}
-        self._reductions.run(op, terms, shares[self.rank], own, reduce_op, push)
+        terms = {place: mine[place] for place in self._others}
+        self._reductions.run(op, terms, mine[self.rank], own, reduce_op, push)
         for place in self._others:
             exchange.raise_flag(place)
         exchange.finish(op, {place: (own,) for place, offset in offsets.items() if not offset}, receive)
