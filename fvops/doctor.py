@@ -70,9 +70,19 @@ def examine_exchange(report: Report) -> None:
     if started:
         parallel_state.maybe_init_distributed_environment_and_model_parallel(1, world)
     group = parallel_state.get_sp_group()
-    communicator = group.device_communicator
-    transport = communicator.transport.name if communicator is not None else "none (one rank)"
-    report.say(f"group {group.unique_name}", f"{world} ranks on {group.device}, over {transport}")
+    for one in (
+        group,
+        parallel_state.get_world_group(),
+        parallel_state.get_node_group(),
+        parallel_state.get_tp_group(),
+    ):
+        communicator = one.device_communicator
+        over = (
+            "nothing to send"
+            if communicator is None
+            else f"{communicator.transport.name}: {communicator.why_transport}"
+        )
+        report.say(f"group {one.unique_name}", f"{one.world_size} on {one.device}; {over}")
     rank, P = group.rank_in_group, group.world_size
     x = torch.full((1, _SHAPE_S, _HEADS * P, _HEAD_SIZE), float(rank), device=group.device)
     y = group.all_to_all_4D(x)

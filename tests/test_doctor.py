@@ -39,6 +39,25 @@ def _examine() -> tuple[list[str], int]:
 def test_the_exchange_is_tried_over_all_ranks(ranks: Ranks) -> None:
     for lines, problems in ranks.run(_examine):
         assert problems == 0
-        assert f"{ranks.world_size} ranks on cpu, over" in lines[0]
-        assert "values are right" in lines[1]
-        assert "GB/s" in lines[2]
+        text = "\n".join(lines)
+        assert f"group sp:0             {ranks.world_size} on cpu; " in lines[0]
+        assert all(f"group {name}:0" in text for name in ("world", "node", "tp"))
+        assert "values are right" in text
+        assert "GB/s" in lines[-1]
+
+
+def _examine_over_gloo() -> list[str]:
+    import fvops
+
+    fvops.destroy_model_parallel()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FVOPS_TRANSPORT", "process_group")
+        fvops.initialize_model_parallel(1, fvops.get_world_size())
+        lines, _ = _examine()
+    fvops.destroy_model_parallel()
+    return lines
+
+
+def test_it_says_why_a_group_has_its_transport(two_ranks: Ranks) -> None:
+    (first, *_), _ = two_ranks.run(_examine_over_gloo)
+    assert first.endswith("FVOPS_TRANSPORT=process_group")

@@ -54,6 +54,7 @@ class AcceleratorCommunicator(DeviceCommunicatorBase):
             base.close()
             raise RuntimeError(f"group {self.unique_name!r}: FVOPS_TRANSPORT=symm, but {words}")
         logger.info("group %r: %s", self.unique_name, words)
+        self.why_transport += f"; {words}"
         return self._symmetric or base
 
     def _two_sided_transport(self) -> FlatTransport:
@@ -69,6 +70,7 @@ class AcceleratorCommunicator(DeviceCommunicatorBase):
             comm = self.LIBRARY(self.cpu_group, self.device, **options, allow_single_rank=named, lazy=True)
             if comm.available:
                 self.library_comm = comm
+                self.why_transport = f"every rank has the library: {comm.library.path}"
                 prefix = f"fvops/lanes/{self.unique_name}/{fresh_number(self.cpu_group)}"
                 lanes = Lanes(self._pair, prefix, self.rank, self._streams, self.timeout_s)
                 return LibraryTransport(comm, self.cpu_group, lanes, self.timeout_s)
@@ -77,6 +79,10 @@ class AcceleratorCommunicator(DeviceCommunicatorBase):
                     f"group {self.unique_name!r}: FVOPS_TRANSPORT={wanted}, but {self.LIBRARY.BACKEND} cannot be used: "
                     f"{comm.why_disabled}"
                 )
+            self.why_transport = comm.why_disabled
+        elif self.world_size > 1:
+            gloo = wanted in ("auto", "symm")
+            self.why_transport = "the program chose gloo as backend" if gloo else f"FVOPS_TRANSPORT={wanted}"
         return super()._make_transport()
 
     def _make_later(self) -> Later:

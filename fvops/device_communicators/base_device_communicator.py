@@ -48,6 +48,7 @@ class DeviceCommunicatorBase:
         timeout_s: deadline of each wait for the group's other ranks, seconds; default ``FVOPS_TIMEOUT_S``.
 
     Attributes:
+        why_transport: why `transport` is what it is, in words.
         failure: the first error that left the ranks in different states; empty while there was none. Afterwards every
             call is refused with it.
     """
@@ -72,6 +73,7 @@ class DeviceCommunicatorBase:
         self.rank = self.rank_in_group = dist.get_rank(cpu_group)
         self.global_rank = dist.get_rank()
         self.global_world_size = dist.get_world_size()
+        self.why_transport = "torch's process group serves this device" if self.world_size > 1 else "one rank"
         self.transport = self._make_transport()
         self._issued: dict[str, int] = {}
         self._later: Later | None = None

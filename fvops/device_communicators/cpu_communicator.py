@@ -28,6 +28,7 @@ class CpuCommunicator(DeviceCommunicatorBase):
             transport, words = ShmTransport.create(
                 self.cpu_group, self.unique_name, refusal=refusal, timeout_s=self.timeout_s
             )
+            self.why_transport = words
             if transport is not None:
                 return transport
             if wanted == "shm":
