@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fvops.device_communicators.shm import mover
 from fvops.device_communicators.shm.mover import MoverOptions, compiled
 from tests import reference
 from tests.draws import LAYOUTS, bits, make
@@ -40,6 +41,14 @@ def test_it_is_compiled_where_it_can_be() -> None:
     if not shutil.which("cc") or not header.exists():
         pytest.skip(f"no C compiler, or no {header}")
     assert compiled() is not None
+
+
+def test_an_extension_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Old:
+        pass
+
+    monkeypatch.setattr(mover.importlib, "import_module", lambda name: Old)
+    assert "install fvops again" in mover.why_not_compiled.__wrapped__()
 
 
 def _input(rank: int, number: int, P: int, scatter_dim: int) -> Tensor:
@@ -123,12 +132,14 @@ def _left_to_python() -> list[str]:
             ("rows of 32 bytes", torch.arange(16 * P).view(1, 4, P, 4) + 100 * rank, True),
             ("conjugated", torch.arange(64 * P).view(1, 4, P, 16).to(torch.complex64).mul(1j).conj(), False),
             ("no elements", torch.zeros(1, 0, P, 16), False),
+            ("no memory", torch._efficientzerotensor((1, 4, P, 16)), False),
         ):
             y = _output(transport, x, 2)
             if transport._mover.exchange_4D(1, [y], [x], 2) != taken:
                 wrong.append(f"{name}: taken should be {taken}")
             transport.exchange_4D([y], [x], 2)
-            parts = [x.resolve_conj() + 100 * (j - rank) * (not x.is_complex()) for j in range(P)]
+            apart = 0 if x.is_complex() or x._is_zerotensor() else 100
+            parts = [x.resolve_conj().clone() + apart * (j - rank) for j in range(P)]
             n = x.size(2) // P
             if not torch.equal(y, torch.cat([part[:, :, n * rank : n * (rank + 1)] for part in parts], 1)):
                 wrong.append(f"{name}: wrong values")

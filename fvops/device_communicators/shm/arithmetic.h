@@ -1,4 +1,5 @@
-/* Sums of the ranks' terms: in the order of their places, with the same roundings as arithmetic.py, hence the same bits. */
+/* Sums of the ranks' terms: in the order of their places, with the same roundings as arithmetic.py, hence the same bits but
+   for a NaN's. */
 
 #ifndef FVOPS_ARITHMETIC_H
 #define FVOPS_ARITHMETIC_H

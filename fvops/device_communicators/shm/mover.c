@@ -21,6 +21,8 @@ static uint64_t all_others(const Mover *m) {
 static void relax(void) {
 #if defined(__x86_64__)
     _mm_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb");
 #endif
 }
 
@@ -28,9 +30,11 @@ static long answer(const Mover *m, int kind, int place) { return kind | (long)pl
 
 /* Serve every peer that is ready; what is wrong, if something is. */
 static int serve_ready(Mover *m, int *place) {
-    for (int distance = 1; distance < m->places; distance++) {
-        int peer = *place = (m->me + distance) % m->places, wrong = 0;
-        if (!(m->pending >> peer & 1)) continue;
+    uint64_t later = m->pending >> m->me >> 1 << m->me << 1, sooner = m->pending & ~later; /* from the next place on */
+    for (uint64_t half = later; later | sooner; half = later) {
+        if (!half) later = sooner, sooner = 0, half = later;
+        int peer = *place = __builtin_ctzll(half), wrong = 0;
+        later &= later - 1;
         switch (m->phase) {
         case POSTED:
             if (!reached(m, peer, m->layout.step, *m->count.step)) continue;
@@ -77,16 +81,15 @@ static long serve(Mover *m) {
         [TERMS] = NEEDS_SLOT,    [PIECES] = NEEDS_PIECE, [ROOM] = NEEDS_POST,
     };
     int place;
-    for (int64_t looks = 0; ; looks++) {
+    for (int64_t idle = 0; idle <= m->looks; idle++) {
         uint64_t before = m->pending;
         int wrong = serve_ready(m, &place);
         if (wrong) return answer(m, wrong, place);
         if (m->pending != before) {
-            if (looks) m->looks = m->looks * 2 < m->most_looks ? m->looks * 2 : m->most_looks;
-            looks = 0;
+            if (idle) m->looks = m->looks * 2 < m->most_looks ? m->looks * 2 : m->most_looks;
+            idle = -1; /* 0 at the next look */
         }
         if (!m->pending) return DONE;
-        if (looks >= m->looks) break;
         relax();
     }
     m->looks = m->looks / 2 > m->fewest_looks ? m->looks / 2 : m->fewest_looks;
@@ -218,7 +221,9 @@ static PyObject *create(PyObject *module, PyObject *const *args, Py_ssize_t coun
         PyMem_Free(m);
         return NULL;
     }
-    return PyCapsule_New(m, NAME, destroy);
+    PyObject *capsule = PyCapsule_New(m, NAME, destroy);
+    if (capsule == NULL) PyMem_Free(m);
+    return capsule;
 }
 
 static PyObject *run(Mover *m, long (*function)(Mover *)) {
@@ -282,6 +287,11 @@ static PyObject *homeless(PyObject *module, PyObject *capsule) {
     return all;
 }
 
+/* abi(): changes whenever mover.py and this module could misunderstand each other. */
+static PyObject *abi(PyObject *module, PyObject *nothing) {
+    return PyLong_FromLong(INTERFACE << 20 | (long)(sizeof(Part) + sizeof(Reduction) + sizeof(Layout)));
+}
+
 static PyObject *streams(PyObject *module, PyObject *nothing) { return PyBool_FromLong(can_stream()); }
 
 static PyMethodDef methods[] = {
@@ -290,6 +300,7 @@ static PyMethodDef methods[] = {
     {"reduce", (PyCFunction)(void (*)(void))reduce, METH_FASTCALL, NULL},
     {"advance", advance, METH_O, NULL},
     {"homeless", homeless, METH_O, NULL},
+    {"abi", abi, METH_NOARGS, NULL},
     {"streams", streams, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -14,6 +14,8 @@
 
 #include "strided_copy.h"
 
+/* Raise it with every change of what mover.py hands over or is told; it is the number there. */
+enum { INTERFACE = 1 };
 enum { MOST_PLACES = 64, MOST_TENSORS = 64 };
 /* What `begin` and `advance` return in the lowest 8 bits; above are 8 of the place, and the tensor. As in mover.py. */
 enum { DONE = 0, NEEDS_POST = 1, NEEDS_FLAG = 2, NEEDS_SLOT = 3, NEEDS_PIECE = 4, WRONG_POST = 5, WRONG_PIECE = 6, HOMELESS = 7 };

@@ -22,12 +22,15 @@ from fvops.device_communicators.shm.counters import Counters
 from fvops.device_communicators.shm.exchange import Exchange
 from fvops.device_communicators.shm.reductions import shares
 from fvops.device_communicators.shm.segment_layout import COLLECTIVES, OP, SLOTS, STEP
-from fvops.device_communicators.shm.watch import Watch
+from fvops.device_communicators.shm.watch import PeerError, Watch
 from fvops.kernels import layout
 from fvops.kernels.parts_plan import Pair, merged_axes
 
-__all__ = ["Mover", "MoverOptions", "compiled"]
+__all__ = ["Mover", "MoverOptions", "compiled", "why_not_compiled"]
 
+_MODULE = "fvops.device_communicators.shm._mover"
+# INTERFACE of mover.h, and the bytes of Part, Reduction and Layout there.
+_ABI = 1 << 20 | 8 * ((3 + 3 * 13) + (4 + 2 * 64) + 12)
 # What `begin` and `advance` return in the lowest 8 bits; above are 8 of the place, and the tensor. As in mover.c.
 _DONE, _NEEDS_POST, _NEEDS_FLAG, _NEEDS_SLOT, _NEEDS_PIECE, _WRONG_POST, _WRONG_PIECE, _HOMELESS = range(8)
 _MOST_PLACES, _MOST_TENSORS, _MOST_AXES = 64, 64, 4
@@ -55,6 +58,10 @@ def _parts_of(answer: int) -> tuple[int, int, int]:
     return answer & 255, answer >> 8 & 255, answer >> 16
 
 
+def _unexplained(place: int) -> PeerError:
+    return PeerError(f"place {place} posted, or announced, what cannot be: its words are damaged", [place])
+
+
 @dataclass(frozen=True)
 class MoverOptions:
     """What goes the way in C; the results and the protocol do not depend on it, and ranks may differ.
@@ -73,11 +80,21 @@ class MoverOptions:
 
 @functools.cache
 def compiled() -> Any:
-    """The extension module; None where it was not compiled (no compiler at installation, or not Linux)."""
+    """The extension module; None where there is none that fits, see `why_not_compiled`."""
+    return None if why_not_compiled() else importlib.import_module(_MODULE)
+
+
+@functools.cache
+def why_not_compiled() -> str:
+    """Why exchanges are not in C here; empty where they can be."""
     try:
-        return importlib.import_module("fvops.device_communicators.shm._mover")
+        module = importlib.import_module(_MODULE)
     except ImportError:
-        return None
+        return "installed without the extension in C"
+    # An installation in place that was not repeated after an update of the sources.
+    if getattr(module, "abi", lambda: 0)() != _ABI:
+        return "the extension in C was compiled from other sources; install fvops again"
+    return ""
 
 
 class _Plan:
@@ -152,7 +169,7 @@ class Mover:
         )
         segments = tuple(segment.address for segment in watch.segments)
         crowded = len(segments) > len(os.sched_getaffinity(0))
-        looks = (_FEWEST_LOOKS, _FEWEST_LOOKS if crowded else _MOST_LOOKS)
+        looks = (_FEWEST_LOOKS, _FEWEST_LOOKS if crowded else _MOST_LOOKS // (self._P - 1))
         self._handle = module.create(watch.me, counters.address, numbers, segments, *looks)
         self._plans: dict[Any, _Plan | _Reduction | None] = {}
 
@@ -205,6 +222,9 @@ class Mover:
             terms = [(sum(sizes[:place]), size) for place, size in enumerate(sizes)]
             return self._reduction(input.view(-1), reduce_op, terms, spread=True) if input.is_contiguous() else None
 
+        if together and not input.is_contiguous():
+            # Small; so that all ranks reduce in C whatever their strides, and a NaN has the same bits on all.
+            input = input.contiguous()
         if not together and not self._is_pooled(output):
             return False
         key = (reduce_op, together, input.shape, input.stride(), input.dtype)
@@ -215,7 +235,8 @@ class Mover:
     ) -> _Reduction | None:
         """The plan in which place j's term is ``terms[j]``, offset and bytes; they are cut as `term` is."""
         arithmetic = _ARITHMETIC.get(term.dtype)
-        if arithmetic is None or reduce_op not in ("sum", "avg") or not term.is_contiguous():
+        ops = ("sum", "avg") if term.is_floating_point() else ("sum",)
+        if arithmetic is None or reduce_op not in ops or not term.is_contiguous():
             return None
         chunk = max(nbytes for _, nbytes in terms)
         if chunk > self._slot_bytes:  # as `channel.pieces` cuts
@@ -227,13 +248,14 @@ class Mover:
 
     def _reduce(self, op: int, output: Tensor, input: Tensor, plan: _Reduction | None) -> bool:
         address = input.data_ptr()
-        if plan is None or input.is_neg() or address % input.element_size():
+        if plan is None or input.is_neg() or address == 0 or address % input.element_size():
             return False
         answer = self._module.reduce(self._handle, plan.address, op, address, output.data_ptr())
         while answer:
             need, place, number = _parts_of(answer)
             if need == _WRONG_PIECE:
                 self._exchange.inlets[place].check(op, plan.piece_bytes(number - 1))
+                raise _unexplained(place)
             elif need in (_WRONG_POST, _HOMELESS):
                 first, size = (number // output.element_size() for number in plan.own)
                 own = (output.view(-1)[first : first + size],)
@@ -242,6 +264,7 @@ class Mover:
                     self._exchange.through_channels(op, dict.fromkeys(places, own), {})
                 else:
                     self._exchange.await_post(op, place, own)
+                    raise _unexplained(place)
             else:
                 self._await(need, place)
             answer = self._module.advance(self._handle)
@@ -270,7 +293,10 @@ class Mover:
                 return False
             if not plan.eager and not self._is_pooled(y):
                 return False
-            addresses += (x.data_ptr(), y.data_ptr())
+            address = x.data_ptr()
+            if address == 0:  # a zero tensor of autograd's, without memory
+                return False
+            addresses += (address, y.data_ptr())
         answer = self._module.begin(self._handle, plan.address, op, *addresses)
         while answer:
             self._serve(answer, op, plan, views)
@@ -287,8 +313,10 @@ class Mover:
             self._exchange.through_channels(op, give, {})
         elif need == _WRONG_PIECE:
             self._exchange.inlets[place].check(op, plan.sizes[tensor])
+            raise _unexplained(place)
         elif need == _WRONG_POST:
             self._exchange.await_post(op, place, [x[place] for x in views()[1]])
+            raise _unexplained(place)
         else:
             self._await(need, place)
 

@@ -23,7 +23,7 @@ from fvops.device_communicators.shm.counters import Counters
 from fvops.device_communicators.shm.creation import Formation, form_segments
 from fvops.device_communicators.shm.exchange import Exchange, Parts
 from fvops.device_communicators.shm.messages import Messages
-from fvops.device_communicators.shm.mover import Mover, MoverOptions, compiled
+from fvops.device_communicators.shm.mover import Mover, MoverOptions, compiled, why_not_compiled
 from fvops.device_communicators.shm.op_codes import code
 from fvops.device_communicators.shm.pool import Pool
 from fvops.device_communicators.shm.reductions import Reductions, shares
@@ -371,7 +371,8 @@ class _Turn:
 def _how(options: MoverOptions) -> str:
     if not options.wanted:
         return "in Python (FVOPS_SHM_COMPILED=0)"
-    return "in Python (installed without the extension in C)" if compiled() is None else "in C"
+    why_not = why_not_compiled()
+    return f"in Python ({why_not})" if why_not else "in C"
 
 
 def _check_reduction(reduce_op: str) -> None:
