@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fvops.device_communicators.shm.mover import MoverOptions
+from fvops.device_communicators.shm.mover_plans import MoverOptions
 from tests import reference
 from tests.draws import bits, make, storage_bits
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fvops.device_communicators.shm import mover
-from fvops.device_communicators.shm.mover import MoverOptions, compiled
+from fvops.device_communicators.shm.mover import compiled
+from fvops.device_communicators.shm.mover_plans import MoverOptions
 from tests import reference
 from tests.draws import LAYOUTS, bits, make
 from tests.harness import RankFailure, Ranks

@@ -1,8 +1,7 @@
 """Exchanges and sums in C (`mover.c`), where it was compiled: the same protocol, in one call instead of some dozens.
 
-A *plan* says how each tensor of an exchange is copied; it depends on shapes and strides alone and is kept. What no plan
-covers (rows of a few bytes, results outside the pool, lazily conjugated tensors, reductions other than sum and average)
-goes the way of `exchange.py` and `reductions.py`.
+What no plan covers (see `mover_plans.py`), results outside the pool and lazily conjugated tensors go the way of
+`exchange.py` and `reductions.py`.
 """
 
 from __future__ import annotations
@@ -10,40 +9,32 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fvops.device_communicators.shm.counters import Counters
 from fvops.device_communicators.shm.exchange import Exchange
+from fvops.device_communicators.shm.mover_plans import (
+    ExchangePlan,
+    MoverOptions,
+    ReductionPlan,
+    plan_exchange,
+    plan_reduction,
+)
 from fvops.device_communicators.shm.reductions import shares
 from fvops.device_communicators.shm.segment_layout import COLLECTIVES, OP, SLOTS, STEP
 from fvops.device_communicators.shm.watch import PeerError, Watch
 from fvops.kernels import layout
-from fvops.kernels.parts_plan import Pair, merged_axes
 
-__all__ = ["Mover", "MoverOptions", "compiled", "why_not_compiled"]
+__all__ = ["Mover", "compiled", "why_not_compiled"]
 
 _MODULE = "fvops.device_communicators.shm._mover"
 # INTERFACE of mover.h, and the bytes of Part, Reduction and Layout there.
 _ABI = 1 << 20 | 8 * ((3 + 3 * 13) + (4 + 2 * 64) + 12)
 # What `begin` and `advance` return in the lowest 8 bits; above are 8 of the place, and the tensor. As in mover.c.
 _DONE, _NEEDS_POST, _NEEDS_FLAG, _NEEDS_SLOT, _NEEDS_PIECE, _WRONG_POST, _WRONG_PIECE, _HOMELESS = range(8)
-_MOST_PLACES, _MOST_TENSORS, _MOST_AXES = 64, 64, 4
-# What arithmetic.h can add up; sums of unsigned numbers have the bits of signed ones.
-_ARITHMETIC = {
-    torch.float32: 0,
-    torch.float64: 1,
-    torch.int32: 2,
-    torch.uint32: 2,
-    torch.int64: 3,
-    torch.uint64: 3,
-    torch.bfloat16: 4,
-}
 _MOST_PLANS = 256
 # How often C looks for a peer before Python sleeps for it, learnt as in watch.py. A look with its pause takes about
 # 40 ns, a sleep and being woken 50 us and more.
@@ -60,22 +51,6 @@ def _parts_of(answer: int) -> tuple[int, int, int]:
 
 def _unexplained(place: int) -> PeerError:
     return PeerError(f"place {place} posted, or announced, what cannot be: its words are damaged", [place])
-
-
-@dataclass(frozen=True)
-class MoverOptions:
-    """What goes the way in C; the results and the protocol do not depend on it, and ranks may differ.
-
-    Args:
-        wanted: False: nothing does.
-        shortest_row: bytes; runs of fewer are torch's to copy, whose loops are made for them.
-        streamed_bytes: from here on a result is stored past the cache, which saves reading its memory first; what is
-            smaller is likely to be in cache still when it is used.
-    """
-
-    wanted: bool = True
-    shortest_row: int = 32
-    streamed_bytes: int = 1 << 20
 
 
 @functools.cache
@@ -95,34 +70,6 @@ def why_not_compiled() -> str:
     if getattr(module, "abi", lambda: 0)() != _ABI:
         return "the extension in C was compiled from other sources; install fvops again"
     return ""
-
-
-class _Plan:
-    """How one exchange's tensors are copied: `values` are what mover.c reads, `sizes` the bytes of each one's parts."""
-
-    def __init__(self, values: array[int], sizes: list[int], eager: bool) -> None:
-        self.values = values
-        self.address = values.buffer_info()[0]
-        self.sizes = sizes
-        self.eager = eager
-
-
-class _Reduction:
-    """How a reduction's terms are cut: `values` are what mover.c reads, `own` offset and bytes of this rank's."""
-
-    def __init__(
-        self, me: int, arithmetic: int, average: bool, spread: bool, chunk: int, terms: Sequence[tuple[int, int]]
-    ) -> None:
-        offsets, sizes = zip(*terms, strict=True)
-        unused = [0] * (_MOST_PLACES - len(terms))
-        self.values = array("q", [arithmetic, average, spread, chunk, *offsets, *unused, *sizes, *unused])
-        self.address = self.values.buffer_info()[0]
-        self.own = terms[me]
-        self._chunk = chunk
-
-    def piece_bytes(self, number: int) -> int:
-        """Of a piece of this rank's term."""
-        return min(self._chunk, self.own[1] - number * self._chunk)
 
 
 class Mover:
@@ -171,7 +118,7 @@ class Mover:
         crowded = len(segments) > len(os.sched_getaffinity(0))
         looks = (_FEWEST_LOOKS, _FEWEST_LOOKS if crowded else _MOST_LOOKS // (self._P - 1))
         self._handle = module.create(watch.me, counters.address, numbers, segments, *looks)
-        self._plans: dict[Any, _Plan | _Reduction | None] = {}
+        self._plans: dict[Any, ExchangePlan | ReductionPlan | None] = {}
 
     # These return False, having done nothing, where an exchange is not for C. They raise PeerError as `Watch.reach`, or
     # when a peer is in another collective or expects other sizes.
@@ -203,10 +150,10 @@ class Mover:
     def reduce_scatter(self, op: int, output: Tensor, inputs: Tensor, reduce_op: str) -> bool:
         """`ShmTransport.reduce_scatter`."""
 
-        def plan() -> _Reduction | None:
+        def plan() -> ReductionPlan | None:
             part, step = inputs[0], inputs.stride(0) * inputs.element_size()
             terms = [(place * step, part.numel() * part.element_size()) for place in range(self._P)]
-            return self._reduction(part, reduce_op, terms, spread=False)
+            return plan_reduction(part, reduce_op, terms, self._watch.me, self._slot_bytes, spread=False)
 
         key = (reduce_op, inputs.shape, inputs.stride(), inputs.dtype)
         return self._reduce(op, output, inputs, self._kept(key, plan))
@@ -214,13 +161,16 @@ class Mover:
     def all_reduce(self, op: int, output: Tensor, input: Tensor, reduce_op: str, together: bool) -> bool:
         """`ShmTransport.all_reduce`; not `together`: each place reduces its share, and hands it to the others."""
 
-        def plan() -> _Reduction | None:
+        def plan() -> ReductionPlan | None:
             nbytes, item = input.numel() * input.element_size(), input.element_size()
+            me, slot = self._watch.me, self._slot_bytes
             if together:
-                return self._reduction(input, reduce_op, [(0, nbytes)] * self._P, spread=False)
+                return plan_reduction(input, reduce_op, [(0, nbytes)] * self._P, me, slot, spread=False)
+            if not input.is_contiguous():
+                return None
             sizes = [size * item for size in shares(input.numel(), self._P)]
             terms = [(sum(sizes[:place]), size) for place, size in enumerate(sizes)]
-            return self._reduction(input.view(-1), reduce_op, terms, spread=True) if input.is_contiguous() else None
+            return plan_reduction(input.view(-1), reduce_op, terms, me, slot, spread=True)
 
         if together and not input.is_contiguous():
             # Small; so that all ranks reduce in C whatever their strides, and a NaN has the same bits on all.
@@ -230,23 +180,7 @@ class Mover:
         key = (reduce_op, together, input.shape, input.stride(), input.dtype)
         return self._reduce(op, output, input, self._kept(key, plan))
 
-    def _reduction(
-        self, term: Tensor, reduce_op: str, terms: Sequence[tuple[int, int]], spread: bool
-    ) -> _Reduction | None:
-        """The plan in which place j's term is ``terms[j]``, offset and bytes; they are cut as `term` is."""
-        arithmetic = _ARITHMETIC.get(term.dtype)
-        ops = ("sum", "avg") if term.is_floating_point() else ("sum",)
-        if arithmetic is None or reduce_op not in ops or not term.is_contiguous():
-            return None
-        chunk = max(nbytes for _, nbytes in terms)
-        if chunk > self._slot_bytes:  # as `channel.pieces` cuts
-            row_bytes = term.numel() * term.element_size() // term.size(0)
-            chunk = self._slot_bytes // row_bytes * row_bytes
-        if chunk == 0:
-            return None
-        return _Reduction(self._watch.me, arithmetic, reduce_op == "avg", spread, chunk, terms)
-
-    def _reduce(self, op: int, output: Tensor, input: Tensor, plan: _Reduction | None) -> bool:
+    def _reduce(self, op: int, output: Tensor, input: Tensor, plan: ReductionPlan | None) -> bool:
         address = input.data_ptr()
         if plan is None or input.is_neg() or address == 0 or address % input.element_size():
             return False
@@ -284,7 +218,7 @@ class Mover:
 
     def _run(self, op: int, key: Any, outputs: Sequence[Tensor], inputs: Sequence[Tensor], views: Views) -> bool:
         """The exchange of `views`, which begin where `outputs` and `inputs` do; `key` is what its plan depends on."""
-        plan: _Plan | None = self._kept(key, lambda: self._plan(*views()))
+        plan: ExchangePlan | None = self._kept(key, lambda: self._plan(*views()))
         if plan is None:
             return False
         addresses: list[int] = []
@@ -303,7 +237,7 @@ class Mover:
             answer = self._module.advance(self._handle)
         return True
 
-    def _serve(self, answer: int, op: int, plan: _Plan, views: Views) -> None:
+    def _serve(self, answer: int, op: int, plan: ExchangePlan, views: Views) -> None:
         """What the exchange cannot go on without: a word of a peer, or parts that have to go through the channels."""
         need, place, tensor = _parts_of(answer)
         if need == _HOMELESS:
@@ -331,26 +265,8 @@ class Mover:
         else:
             self._exchange.inlets[place].await_piece()
 
-    def _plan(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> _Plan | None:
-        if len(inputs) > min(_MOST_TENSORS, self._exchange.most_tensors()):
+    def _plan(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> ExchangePlan | None:
+        if len(inputs) > self._exchange.most_tensors():
             return None
-        sizes = [x[0].numel() * x.element_size() for x in inputs]
-        eager = max(sizes) <= self._eager_bytes
-        if min(sizes) == 0 or (eager and max(sizes) > self._slot_bytes):
-            return None
-        streamed = not eager and sum(sizes) * len(inputs[0]) >= self._options.streamed_bytes and self._module.streams()
-        values = array("q", [len(inputs), eager, streamed])
-        for x, y, nbytes in zip(inputs, outputs, sizes, strict=True):
-            item = x.element_size()
-            values.extend([nbytes, x.stride(0) * item, y.stride(0) * item])
-            shape, given, wanted = tuple(x.shape[1:]), x.stride()[1:], y.stride()[1:]
-            packed = torch.empty(shape, device="meta").stride()
-            for source, target in ((given, wanted), (given, packed), (packed, wanted)):
-                row, *axes = merged_axes(Pair(item, shape, source, target, 1))
-                if len(axes) > _MOST_AXES or row.size < self._options.shortest_row:
-                    return None
-                unused = [(1, 0, 0)] * (_MOST_AXES - len(axes))
-                values.append(row.size)
-                for numbers in zip(*axes, *unused, strict=True):  # sizes, then both sides' strides
-                    values.extend(numbers)
-        return _Plan(values, sizes, eager)
+        can_stream = self._module.streams()
+        return plan_exchange(outputs, inputs, self._eager_bytes, self._slot_bytes, self._options, can_stream)

@@ -23,7 +23,8 @@ from fvops.device_communicators.shm.counters import Counters
 from fvops.device_communicators.shm.creation import Formation, form_segments
 from fvops.device_communicators.shm.exchange import Exchange, Parts
 from fvops.device_communicators.shm.messages import Messages
-from fvops.device_communicators.shm.mover import Mover, MoverOptions, compiled, why_not_compiled
+from fvops.device_communicators.shm.mover import Mover, compiled, why_not_compiled
+from fvops.device_communicators.shm.mover_plans import MoverOptions
 from fvops.device_communicators.shm.op_codes import code
 from fvops.device_communicators.shm.pool import Pool
 from fvops.device_communicators.shm.reductions import Reductions, shares
