@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fvops import objects
-from fvops.objects import Message
+from fvops.objects import Message, Wire
 from fvops.serialization import check_size, decode
 
 __all__ = ["Manifest", "pack_dict", "receive", "wire_bytes"]
@@ -75,28 +75,32 @@ def wire_bytes(tensor: Tensor) -> Tensor:
     return plain.reshape(-1).view(torch.uint8)
 
 
-def receive(manifest: bytearray, device: torch.device, refusal: str, fetch: Callable[[Manifest, Tensor], None]) -> Any:
+def receive(
+    manifest: bytearray, device: torch.device, refusal: str, fetch: Callable[[Manifest, Tensor], None], wire: Wire
+) -> Any:
     """The dictionary of which `manifest` tells.
 
     Args:
         device: the group's; tensors that were on the sender's arrive there.
         refusal: how a message begins: the op and the group.
         fetch: fills one tensor, contiguous, with what arrives for it.
+        wire: tells whether all of them have come. With a manifest that is refused they have not, if there are any.
 
     Raises:
         ValueError: the manifest is none, or announces more bytes than ``FVOPS_MAX_OBJECT_MB`` allows.
         TypeError: a class in the dictionary was not allowed here.
     """
-    opened = _open(decode(manifest), refusal)
-    nbytes = sum(math.prod(shape) * dtype.itemsize for dtype, shape, _ in opened.tensors)
-    check_size(nbytes, f"{refusal}: the tensors announced")
     tensors = []
-    for dtype, shape, where in opened.tensors:
-        tensor = torch.empty(shape, dtype=dtype, device="cpu" if where == "cpu" else device)
-        # What has no elements is not sent.
-        if tensor.numel():
-            fetch(opened, tensor)
-        tensors.append(tensor)
+    with wire.message():
+        opened = _open(decode(manifest), refusal)
+        nbytes = sum(math.prod(shape) * dtype.itemsize for dtype, shape, _ in opened.tensors)
+        check_size(nbytes, f"{refusal}: the tensors announced")
+        for dtype, shape, where in opened.tensors:
+            tensor = torch.empty(shape, dtype=dtype, device="cpu" if where == "cpu" else device)
+            # What has no elements is not sent.
+            if tensor.numel():
+                fetch(opened, tensor)
+            tensors.append(tensor)
     # After the tensors: a class refused here leaves nothing of this message under way.
     received = decode(opened.body, tensors)
     if type(received) is not dict:
