@@ -18,6 +18,7 @@ from torch import Tensor
 from fvops import objects
 from fvops.objects import Message, Wire
 from fvops.serialization import check_size, decode
+from fvops.wire_format import MOST_DIMS
 
 __all__ = ["Manifest", "pack_dict", "receive", "wire_bytes"]
 
@@ -112,6 +113,8 @@ def _open(announced: Any, refusal: str) -> Manifest:
     """The manifest in a decoded object; ValueError for any other object."""
     match announced:
         case ((int(n), int(k)), list(listed), bytes(body)) if 0 <= k < n and all(map(_is_entry, listed)):
+            for _, shape, _ in listed:
+                _check_shape(shape, refusal)
             return Manifest((n, k), listed, body)
     raise ValueError(f"{refusal}: what arrived is no manifest of a dictionary: {str(announced)[:100]}")
 
@@ -119,8 +122,22 @@ def _open(announced: Any, refusal: str) -> Manifest:
 def _is_entry(entry: Any) -> bool:
     match entry:
         case (torch.dtype(), tuple(shape), "cpu" | "device"):
-            return all(type(size) is int and 0 <= size < 2**62 for size in shape)
+            return all(type(size) is int for size in shape)
     return False
+
+
+def _check_shape(shape: tuple[int, ...], refusal: str) -> None:
+    """ValueError for a shape that no tensor has."""
+    wrong = ""
+    if len(shape) > MOST_DIMS:
+        wrong = f"{len(shape)} dims, at most {MOST_DIMS} are read"
+    elif any(size < 0 for size in shape):
+        wrong = "a size below 0"
+    # Torch computes strides as if a size of 0 were 1, and offsets in bytes of at most 16 for each element.
+    elif math.prod(max(size, 1) for size in shape) >= 2**59:
+        wrong = "sizes whose product is 2**59 or more, without those of 0"
+    if wrong:
+        raise ValueError(f"{refusal}: a tensor was announced with {wrong}: {str(shape)[:100]}")
 
 
 def _failed(error: Exception) -> Message:
