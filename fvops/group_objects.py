@@ -15,6 +15,7 @@ from fvops.device_communicators.base_device_communicator import DeviceCommunicat
 from fvops.device_communicators.pending_sends import PendingSends
 from fvops.device_communicators.shm_broadcast import MessageQueue
 from fvops.logger import init_logger
+from fvops.objects import Wire
 from fvops.serialization import decode
 from fvops.tensor_dict import Manifest, wire_bytes
 from fvops.torch_compat import all_gather_flat
@@ -50,11 +51,11 @@ class GroupObjects:
         where = self._check_object_call("broadcast_object", "src", src)
         if self.world_size == 1:
             return obj
-        self._compare("broadcast_object", src=src)
+        call = self._compare("broadcast_object", src=src)
         if self.mq_broadcaster is not None:
             return self._over_the_queue(where, obj, src)
-        with self._naming(where):
-            return objects.broadcast([obj], self.ranks[src], self.cpu_group)[0]
+        with self._naming(where, call) as wire:
+            return objects.broadcast([obj], self.ranks[src], self.cpu_group, wire)[0]
 
     def broadcast_object_list(
         self, obj_list: list[Any], src: int = 0, group: dist.ProcessGroup | None = None
@@ -67,12 +68,13 @@ class GroupObjects:
         where = self._check_object_call("broadcast_object_list", "src", src)
         if self.world_size == 1:
             return obj_list
-        self._compare("broadcast_object_list", src=src)
+        call = self._compare("broadcast_object_list", src=src)
         if group is None and self.mq_broadcaster is not None:
             obj_list[:] = self._over_the_queue(where, list(obj_list), src)
             return obj_list
-        with self._naming(where):
-            obj_list[:] = objects.broadcast(obj_list, self.ranks[src], self.cpu_group if group is None else group)
+        with self._naming(where, call) as wire:
+            over = self.cpu_group if group is None else group
+            obj_list[:] = objects.broadcast(obj_list, self.ranks[src], over, wire)
         return obj_list
 
     def send_object(self, obj: Any, dst: int) -> None:
@@ -85,8 +87,8 @@ class GroupObjects:
         where = self._check_partner("send_object", "dst", dst)
         self._compare("send_object", dst=dst)
         message = objects.pack(obj)
-        with self._naming(where):
-            objects.send_message(message, self.ranks[dst], self.cpu_group, self._sends())
+        with self._naming(where, "") as wire:
+            objects.send_message(message, self.ranks[dst], self.cpu_group, self._sends(), wire)
 
     def recv_object(self, src: int) -> Any:
         """The object that place `src` sends.
@@ -97,10 +99,9 @@ class GroupObjects:
             RuntimeError: the group has one rank, or nothing came within the deadline.
         """
         where = self._check_partner("recv_object", "src", src)
-        self._compare("recv_object", src=src)
-        with self._naming(where):
-            data = objects.recv_message(self.ranks[src], self.cpu_group)
-        return decode(data)
+        call = self._compare("recv_object", src=src)
+        with self._naming(where, call) as wire:
+            return decode(objects.recv_message(self.ranks[src], self.cpu_group, wire))
 
     def broadcast_tensor_dict(
         self,
@@ -124,22 +125,23 @@ class GroupObjects:
         where = self._check_object_call("broadcast_tensor_dict", "src", src)
         if self.world_size == 1:
             return tensor_dict
-        self._compare("broadcast_tensor_dict", src=src)
+        call = self._compare("broadcast_tensor_dict", src=src)
         over = {"cpu": metadata_group or self.cpu_group, "device": group or self.device_group}
         root = self.ranks[src]
 
         def fetch(_: Manifest, tensor: Tensor) -> None:
             dist.broadcast(wire_bytes(tensor), src=root, group=over["cpu" if tensor.device.type == "cpu" else "device"])
 
-        with self._naming(where):
+        with self._naming(where, call) as wire:
             if self.rank_in_group != src:
-                manifest = objects.broadcast_message(None, root, over["cpu"])
-                return _dictionary(manifest, self.device, where, fetch)
+                manifest = objects.broadcast_message(None, root, over["cpu"], wire)
+                return _dictionary(manifest, self.device, where, fetch, wire)
             message, tensors = _pack(tensor_dict, self.device, where)
-            objects.broadcast_message(message, root, over["cpu"])
-            for tensor in tensors:
-                if tensor.numel():
-                    fetch(_NO_MANIFEST, tensor)
+            objects.broadcast_message(message, root, over["cpu"], wire)
+            with wire.message():
+                for tensor in tensors:
+                    if tensor.numel():
+                        fetch(_NO_MANIFEST, tensor)
         return tensor_dict
 
     def send_tensor_dict(
@@ -161,11 +163,12 @@ class GroupObjects:
         self._compare("send_tensor_dict", dst=dst)
         n, k = (1, 0) if all_gather_group is None else (all_gather_group.world_size, all_gather_group.rank_in_group)
         message, tensors = _pack(tensor_dict, self.device, where, (n, k))
-        with self._naming(where):
-            objects.send_message(message, self.ranks[dst], self.cpu_group, self._sends())
-            for tensor in tensors:
-                if tensor.numel():
-                    self._send_bytes(_part(wire_bytes(tensor), tensor.numel(), n, k), dst, tensor)
+        with self._naming(where, "") as wire:
+            objects.send_message(message, self.ranks[dst], self.cpu_group, self._sends(), wire)
+            with wire.message():
+                for tensor in tensors:
+                    if tensor.numel():
+                        self._send_bytes(_part(wire_bytes(tensor), tensor.numel(), n, k), dst, tensor)
         return None
 
     def recv_tensor_dict(self, src: int | None = None, all_gather_group: Any | None = None) -> dict[Any, Any] | None:
@@ -182,7 +185,7 @@ class GroupObjects:
         if self.world_size == 1:
             return None
         self._check_partner("recv_tensor_dict", "src", src)
-        self._compare("recv_tensor_dict", src=src)
+        call = self._compare("recv_tensor_dict", src=src)
         own = (1, 0) if all_gather_group is None else (all_gather_group.world_size, all_gather_group.rank_in_group)
 
         sent: set[tuple[int, int]] = {own}
@@ -204,9 +207,9 @@ class GroupObjects:
             else:
                 whole.copy_(all_gather_group.all_gather(part, dim=0))  # type: ignore[union-attr]
 
-        with self._naming(where):
-            message = objects.recv_message(self.ranks[src], self.cpu_group)
-            received = _dictionary(message, self.device, where, fetch)
+        with self._naming(where, call) as wire:
+            message = objects.recv_message(self.ranks[src], self.cpu_group, wire)
+            received = _dictionary(message, self.device, where, fetch, wire)
         for n, k in sent - {own}:
             raise ValueError(
                 f"{where}: the sender is part {k} of {n} of its all_gather_group, this rank {own[1]} of {own[0]}; "
@@ -217,25 +220,61 @@ class GroupObjects:
     def _over_the_queue(self, where: str, obj: Any, src: int) -> Any:
         if src != 0:
             raise ValueError(f"{where}: the group has a message queue, which place 0 writes; src must be 0, got {src}")
-        with self._naming(where):
+        with self._naming(where, "") as wire:
+            queue: MessageQueue = self.mq_broadcaster  # type: ignore[assignment]
+            wire.began = wire.cut = True
             try:
-                return self.mq_broadcaster.broadcast_object(obj, self.timeout_s)  # type: ignore[union-attr]
-            except TimeoutError as error:
-                raise RuntimeError(str(error)) from error
+                obj = queue.broadcast_object(obj, self.timeout_s)
+            except Exception as error:
+                # What was refused whole leaves the queue as it was.
+                lost = isinstance(error, RuntimeError | TimeoutError) and not isinstance(error, RecursionError)
+                wire.cut = lost or bool(queue.failure)
+                if isinstance(error, TimeoutError):
+                    raise RuntimeError(str(error)) from error
+                raise
+            wire.cut = False
+            return obj
 
     @contextlib.contextmanager
-    def _naming(self, where: str) -> Iterator[None]:
-        """Errors of the process groups and the queue inside say `where` they were, and break the group."""
+    def _naming(self, where: str, call: str) -> Iterator[Wire]:
+        """Errors inside say `where` they were; those in the middle of a message break the group.
+
+        Args:
+            call: what its ranks call this call, to ask each other who came; empty where the error says that itself.
+        """
+        wire = Wire()
         try:
-            with objects.naming(where, self.ranks):
-                yield
-        except RuntimeError as error:
-            if not isinstance(error, RecursionError) and self._communicator is not None:
-                self._communicator.break_with(str(error))
-                if self.mq_broadcaster is not None:
-                    # Who waits for this rank's next object, or for it to read one, is told at once.
-                    self.mq_broadcaster.close()
-            raise
+            yield wire
+        except BaseException as error:
+            # Refused before anything passed, or after all has: the group goes on. An interrupt may lose the object.
+            if not wire.cut and (isinstance(error, Exception) or not wire.began):
+                raise
+            if self.mq_broadcaster is not None:
+                # Who waits for this rank's next object, or for it to read one, is told at once.
+                self.mq_broadcaster.close()
+            explained = self._explained(where, call, error)
+            if self._communicator is not None:
+                self._communicator.break_with(str(explained or f"{type(error).__name__} in {where}: {error}"))
+            if explained is None:
+                raise
+            raise explained from error
+
+    def _explained(self, where: str, call: str, error: BaseException) -> Exception | None:
+        """`error` with what the group knows of it; None where it is not the group's (an interrupt)."""
+        if isinstance(error, TypeError | ValueError):
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            return kind(f"{'' if str(error).startswith(where) else where + ': '}{error}")
+        if not isinstance(error, RuntimeError) or isinstance(error, RecursionError):
+            return None
+        who = ""
+        if call and self._communicator is not None and not self._communicator.failure:
+            way = call.partition(" ")[0]
+            expected = range(self.world_size) if way == "collective" else [int(way.partition("-")[0])]
+            who = self._communicator.roll_call.describe(call, expected, self.ranks) + ". "
+        return RuntimeError(
+            f"{where} failed on place {self.rank_in_group} of {self.world_size} (global ranks {self.ranks}, deadline "
+            f"{self.timeout_s:g} s); {who}The transport says: {error}"
+        )
 
     def _check_object_call(self, op: str, what: str, place: int) -> str:
         registry.resolve(self.unique_name, self.world_size).refuse_if_broken(op)
@@ -250,11 +289,11 @@ class GroupObjects:
         checks.check_peer(op, self.unique_name, what, place, self.rank_in_group, self.world_size)
         return where
 
-    def _compare(self, op: str, **arguments: int) -> None:
-        """Under `check_collectives`, be sure that the other ranks are about to do this too."""
+    def _compare(self, op: str, **arguments: int) -> str:
+        """Under `check_collectives`, be sure that the other ranks are about to do this too. Returns its name there."""
         sends = op.startswith("send")
         peer = None if op.startswith("broadcast") else arguments["dst" if sends else "src"]
-        registry.resolve(self.unique_name, self.world_size).compare_objects(op, peer, sends, arguments)
+        return registry.resolve(self.unique_name, self.world_size).compare_objects(op, peer, sends, arguments)
 
     def _sends(self) -> PendingSends:
         if self._object_sends is None:

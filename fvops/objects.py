@@ -17,7 +17,7 @@ from torch import Tensor
 from fvops.device_communicators.pending_sends import PendingSends
 from fvops.serialization import check_size, decode, encode
 
-__all__ = ["Message", "broadcast", "broadcast_message", "naming", "pack", "recv_message", "send_message"]
+__all__ = ["Message", "Wire", "broadcast", "broadcast_message", "pack", "recv_message", "send_message"]
 
 # Apart from the tensors that `send` may have under way over the same process group.
 TAG = 1
@@ -43,6 +43,24 @@ class Message:
         return torch.tensor([data.numel(), self.failure is not None]), data
 
 
+class Wire:
+    """How much of one call's message has passed: what fails in its middle leaves the rest under way to somebody's next.
+
+    Attributes:
+        began: some of it may have been sent or received.
+        cut: but not all of it.
+    """
+
+    began = cut = False
+
+    @contextlib.contextmanager
+    def message(self) -> Iterator[None]:
+        """All that passes of a message, or of what follows it, passes inside."""
+        self.began = self.cut = True
+        yield
+        self.cut = False
+
+
 def pack(obj: Any, beside: list[Tensor] | None = None) -> Message:
     """`obj` encoded (see `encode`); never raises, the failure is in the message."""
     try:
@@ -52,8 +70,8 @@ def pack(obj: Any, beside: list[Tensor] | None = None) -> Message:
         return Message(bytearray(f"{type(error).__name__}: {error}"[:_MOST_TEXT].encode()), error)
 
 
-def broadcast(objects: list[Any], src: int, group: dist.ProcessGroup) -> list[Any]:
-    """`objects` of global rank `src`, on every rank of `group` (gloo), in one message.
+def broadcast(objects: list[Any], src: int, group: dist.ProcessGroup, wire: Wire) -> list[Any]:
+    """`objects` of global rank `src`, on every rank of `group` (gloo), in one message; `wire` tells how far it came.
 
     Raises:
         TypeError: the sender cannot encode them; every rank raises, with the sender's reason (on the sender it is
@@ -61,60 +79,53 @@ def broadcast(objects: list[Any], src: int, group: dist.ProcessGroup) -> list[An
         ValueError: what came is damaged, or too large.
     """
     if dist.get_rank() == src:
-        broadcast_message(pack(objects), src, group)
+        broadcast_message(pack(objects), src, group, wire)
         return objects
-    received = decode(broadcast_message(None, src, group))
+    received = decode(broadcast_message(None, src, group, wire))
     if type(received) is not list:
         raise ValueError(f"global rank {src} sent a {type(received).__name__} where a list of objects was due")
     return received
 
 
-def broadcast_message(message: Message | None, src: int, group: dist.ProcessGroup) -> bytearray:
+def broadcast_message(message: Message | None, src: int, group: dist.ProcessGroup, wire: Wire) -> bytearray:
     """The bytes of global rank `src`, on every rank; raises the message's failure there, and TypeError elsewhere."""
     if message is not None:
         header, data = message.tensors()
-        dist.broadcast(header, src=src, group=group)
-        dist.broadcast(data, src=src, group=group)
+        with wire.message():
+            dist.broadcast(header, src=src, group=group)
+            dist.broadcast(data, src=src, group=group)
         if message.failure is not None:
             raise message.failure
         return message.data
     header = torch.zeros(2, dtype=torch.int64)
-    dist.broadcast(header, src=src, group=group)
-    received, data = _room(header, src)
-    dist.broadcast(data, src=src, group=group)
+    with wire.message():
+        dist.broadcast(header, src=src, group=group)
+        received, data = _room(header, src)
+        dist.broadcast(data, src=src, group=group)
     return _opened(received, header, src)
 
 
-def send_message(message: Message, dst: int, group: dist.ProcessGroup, sends: PendingSends) -> None:
+def send_message(message: Message, dst: int, group: dist.ProcessGroup, sends: PendingSends, wire: Wire) -> None:
     """Send to global rank `dst`, without waiting for it; then raise the message's failure, if it has one."""
-    sends.raise_failure()
-    for part in message.tensors():
-        if part.numel():
-            work: Any = dist.isend(part, dst=dst, group=group, tag=TAG)
-            sends.add(work.wait, part)
+    with wire.message():
+        sends.raise_failure()
+        for part in message.tensors():
+            if part.numel():
+                work: Any = dist.isend(part, dst=dst, group=group, tag=TAG)
+                sends.add(work.wait, part)
     if message.failure is not None:
         raise message.failure
 
 
-def recv_message(src: int, group: dist.ProcessGroup) -> bytearray:
+def recv_message(src: int, group: dist.ProcessGroup, wire: Wire) -> bytearray:
     """The bytes that global rank `src` sends; TypeError when it could not encode its object."""
     header = torch.zeros(2, dtype=torch.int64)
-    dist.recv(header, src=src, group=group, tag=TAG)
-    received, data = _room(header, src)
-    if data.numel():
-        dist.recv(data, src=src, group=group, tag=TAG)
+    with wire.message():
+        dist.recv(header, src=src, group=group, tag=TAG)
+        received, data = _room(header, src)
+        if data.numel():
+            dist.recv(data, src=src, group=group, tag=TAG)
     return _opened(received, header, src)
-
-
-@contextlib.contextmanager
-def naming(where: str, ranks: list[int]) -> Iterator[None]:
-    """What the process group raises inside says `where` it was (op and group, peer), and among which global ranks."""
-    try:
-        yield
-    except RecursionError:
-        raise
-    except RuntimeError as error:
-        raise RuntimeError(f"{where} failed among global ranks {ranks}: {error}") from error
 
 
 def _room(header: Tensor, src: int) -> tuple[bytearray, Tensor]:

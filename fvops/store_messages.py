@@ -43,7 +43,7 @@ def take(store: Any, key: str, seconds: float) -> tuple[bytearray, list[str]]:
     """What lies, or will within `seconds`, under `key`; and the keys that it took.
 
     Raises:
-        StoreTimeout: nothing came.
+        StoreTimeout: nothing came, or not all of it.
         ValueError: it is no message, or larger than is allowed.
     """
     until = time.monotonic() + seconds
@@ -56,7 +56,11 @@ def take(store: Any, key: str, seconds: float) -> tuple[bytearray, list[str]]:
     data, names = bytearray(piece[_LENGTH.size :]), [f"{key}/0"]
     while len(data) < total:
         names.append(f"{key}/{len(names)}")
-        wait_for(store, names[-1:], max(0.001, until - time.monotonic()))
+        left = until - time.monotonic()
+        if left <= 0:
+            # However many small pieces there are: each is there at once, and all together never end.
+            raise StoreTimeout(names[-1:], seconds, f"{len(data)} of {total} bytes came, in {len(names) - 1} pieces")
+        wait_for(store, names[-1:], left)
         piece = store.get(names[-1])
         if not piece:
             break

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from fvops import objects
-from fvops.objects import Message
+from fvops.objects import Message, Wire
 from fvops.serialization import check_size, decode
+from fvops.wire_format import MOST_DIMS
 
 __all__ = ["Manifest", "pack_dict", "receive", "wire_bytes"]
 
@@ -75,28 +76,32 @@ def wire_bytes(tensor: Tensor) -> Tensor:
     return plain.reshape(-1).view(torch.uint8)
 
 
-def receive(manifest: bytearray, device: torch.device, refusal: str, fetch: Callable[[Manifest, Tensor], None]) -> Any:
+def receive(
+    manifest: bytearray, device: torch.device, refusal: str, fetch: Callable[[Manifest, Tensor], None], wire: Wire
+) -> Any:
     """The dictionary of which `manifest` tells.
 
     Args:
         device: the group's; tensors that were on the sender's arrive there.
         refusal: how a message begins: the op and the group.
         fetch: fills one tensor, contiguous, with what arrives for it.
+        wire: tells whether all of them have come. With a manifest that is refused they have not, if there are any.
 
     Raises:
         ValueError: the manifest is none, or announces more bytes than ``FVOPS_MAX_OBJECT_MB`` allows.
         TypeError: a class in the dictionary was not allowed here.
     """
-    opened = _open(decode(manifest), refusal)
-    nbytes = sum(math.prod(shape) * dtype.itemsize for dtype, shape, _ in opened.tensors)
-    check_size(nbytes, f"{refusal}: the tensors announced")
     tensors = []
-    for dtype, shape, where in opened.tensors:
-        tensor = torch.empty(shape, dtype=dtype, device="cpu" if where == "cpu" else device)
-        # What has no elements is not sent.
-        if tensor.numel():
-            fetch(opened, tensor)
-        tensors.append(tensor)
+    with wire.message():
+        opened = _open(decode(manifest), refusal)
+        nbytes = sum(math.prod(shape) * dtype.itemsize for dtype, shape, _ in opened.tensors)
+        check_size(nbytes, f"{refusal}: the tensors announced")
+        for dtype, shape, where in opened.tensors:
+            tensor = torch.empty(shape, dtype=dtype, device="cpu" if where == "cpu" else device)
+            # What has no elements is not sent.
+            if tensor.numel():
+                fetch(opened, tensor)
+            tensors.append(tensor)
     # After the tensors: a class refused here leaves nothing of this message under way.
     received = decode(opened.body, tensors)
     if type(received) is not dict:
@@ -108,6 +113,8 @@ def _open(announced: Any, refusal: str) -> Manifest:
     """The manifest in a decoded object; ValueError for any other object."""
     match announced:
         case ((int(n), int(k)), list(listed), bytes(body)) if 0 <= k < n and all(map(_is_entry, listed)):
+            for _, shape, _ in listed:
+                _check_shape(shape, refusal)
             return Manifest((n, k), listed, body)
     raise ValueError(f"{refusal}: what arrived is no manifest of a dictionary: {str(announced)[:100]}")
 
@@ -115,8 +122,22 @@ def _open(announced: Any, refusal: str) -> Manifest:
 def _is_entry(entry: Any) -> bool:
     match entry:
         case (torch.dtype(), tuple(shape), "cpu" | "device"):
-            return all(type(size) is int and 0 <= size < 2**62 for size in shape)
+            return all(type(size) is int for size in shape)
     return False
+
+
+def _check_shape(shape: tuple[int, ...], refusal: str) -> None:
+    """ValueError for a shape that no tensor has."""
+    wrong = ""
+    if len(shape) > MOST_DIMS:
+        wrong = f"{len(shape)} dims, at most {MOST_DIMS} are read"
+    elif any(size < 0 for size in shape):
+        wrong = "a size below 0"
+    # Torch computes strides as if a size of 0 were 1, and offsets in bytes of at most 16 for each element.
+    elif math.prod(max(size, 1) for size in shape) >= 2**59:
+        wrong = "sizes whose product is 2**59 or more, without those of 0"
+    if wrong:
+        raise ValueError(f"{refusal}: a tensor was announced with {wrong}: {str(shape)[:100]}")
 
 
 def _failed(error: Exception) -> Message:

@@ -16,6 +16,7 @@ __all__ = [
     "MAGIC",
     "MOST_DEPTH",
     "MOST_DIMS",
+    "MOST_EQUAL_HASHES",
     "MOST_INT_BYTES",
     "TORCH_NAMES",
     "TORCH_VALUES",
@@ -34,6 +35,9 @@ MOST_DEPTH = 128
 MOST_DIMS = 64
 # An integer of this many bytes has 9,900 digits; its arithmetic and hash stay cheap.
 MOST_INT_BYTES = 4096
+# Keys of one set or dictionary with the same hash: each is compared with all before it. Comparing this many costs about
+# what decoding them does; honest keys stay far below (the powers of two among the floats reach 34).
+MOST_EQUAL_HASHES = 100
 
 
 class Tag:

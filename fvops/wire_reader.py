@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import math
 import struct
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from fvops.wire_format import MAGIC, MOST_DEPTH, MOST_DIMS, MOST_INT_BYTES, TORCH_VALUES, Tag, allowed_global
+from fvops.wire_format import (
+    MAGIC,
+    MOST_DEPTH,
+    MOST_DIMS,
+    MOST_EQUAL_HASHES,
+    MOST_INT_BYTES,
+    TORCH_VALUES,
+    Tag,
+    allowed_global,
+)
 
 __all__ = ["Reader"]
 
@@ -106,8 +115,16 @@ class Reader:
         return [self.read() for _ in range(self._count())]
 
     def _dict(self) -> dict[Any, Any]:
-        # Keys come before their values: a comprehension reads in that order.
-        return {self.read(): self.read() for _ in range(self._count())}
+        # Keys come before their values: a tuple reads in that order.
+        pairs = [(self.read(), self.read()) for _ in range(self._count())]
+        _check_hashes(len(pairs), (key for key, _ in pairs))
+        return dict(pairs)
+
+    def _keys(self) -> list[Any]:
+        """What is about to be a set."""
+        keys = self._list()
+        _check_hashes(len(keys), keys)
+        return keys
 
     def _shape(self) -> tuple[int, ...]:
         shape = self._typed(tuple)
@@ -144,6 +161,9 @@ class Reader:
         if len(text) > 20 or text[:1] not in "<>|=" or text[1:2] not in _ARRAY_KINDS or "," in text:
             _refuse(f"numpy dtype {text[:20]!r}")
         dtype = numpy.dtype(text)
+        if dtype.itemsize == 0:
+            # Any shape of it has no bytes, and numpy gives each item one.
+            _refuse(f"numpy dtype {text[:20]!r} without a size")
         if dtype.hasobject or dtype.kind not in _ARRAY_KINDS or math.prod(shape) * dtype.itemsize != len(content):
             _refuse(f"{len(content)} bytes for a numpy array of shape {shape} {dtype}")
         if not content:
@@ -171,7 +191,9 @@ class Reader:
             _set_state(obj, state)
         for item in items or []:
             obj.append(item)
-        for key, value in pairs or []:
+        pairs = [(key, value) for key, value in pairs or []]
+        _check_hashes(len(pairs), (key for key, _ in pairs))
+        for key, value in pairs:
             obj[key] = value
         return obj
 
@@ -187,6 +209,18 @@ def _set_state(obj: Any, state: Any) -> None:
     vars_of.update(state)
     for name, value in slots.items():
         setattr(obj, name, value)
+
+
+def _check_hashes(count: int, keys: Iterable[Any]) -> None:
+    """ValueError when so many of the `count` keys have one hash that a table of them takes their square in time.
+
+    The hashes of numbers are known to everybody: all multiples of 2**61 - 1 have the same.
+    """
+    if count <= MOST_EQUAL_HASHES:
+        return
+    most = max(Counter(map(hash, keys)).values())
+    if most > MOST_EQUAL_HASHES:
+        _refuse(f"{most} keys of a set or dictionary have the same hash; at most {MOST_EQUAL_HASHES} are read")
 
 
 def _refuse(reason: str) -> NoReturn:
@@ -205,8 +239,8 @@ _READERS: dict[bytes, Callable[[Reader], Any]] = {
     Tag.BYTEARRAY: lambda reader: bytearray(reader._bytes()),
     Tag.LIST: Reader._list,
     Tag.TUPLE: lambda reader: tuple(reader._list()),
-    Tag.SET: lambda reader: set(reader._list()),
-    Tag.FROZENSET: lambda reader: frozenset(reader._list()),
+    Tag.SET: lambda reader: set(reader._keys()),
+    Tag.FROZENSET: lambda reader: frozenset(reader._keys()),
     Tag.DICT: Reader._dict,
     Tag.ORDERED: lambda reader: OrderedDict(reader._dict()),
     Tag.TENSOR: Reader._tensor,

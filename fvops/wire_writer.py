@@ -117,6 +117,9 @@ class Writer:
             self._object(obj)
 
     def _numpy(self, obj: Any, tag: bytes) -> None:
+        if obj.dtype.itemsize == 0:
+            # An empty text's scalar; as an array it has room for one character.
+            obj = obj.__array__()
         dtype = obj.dtype
         if dtype.kind not in _ARRAY_KINDS or dtype.hasobject or dtype.names is not None:
             raise TypeError(f"numpy arrays of dtype {dtype} do not travel between ranks; plain numbers and text do")

@@ -8,7 +8,7 @@ import pickle
 import random
 import time
 import tracemalloc
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from fvops import store_messages, tensor_dict
 from fvops.device_communicators.shm_ring import Ring, RingReader, RingWriter, ring_bytes
-from fvops.serialization import decode, encode
+from fvops.objects import Wire
+from fvops.serialization import add_safe_globals, decode, encode
 from fvops.utils import StatelessProcessGroup
 from tests.draws import profile
 from tests.harness import Ranks
@@ -46,11 +47,15 @@ def _frame() -> bytearray:
     return encode([*plain, *values, *arrays])
 
 
+# Of no bytes, of pointers, of fields, of another size: what a changed dtype might become.
+_DTYPES = [b"|S0", b"<U0", b"|O8", b"|V0", b"|S1", b"<U1", b">i2", b"<f8", b"|b1", b"<M8"]
+
+
 def _mutated(data: bytearray, draw: random.Random) -> bytearray:
     data = bytearray(data)
     for _ in range(draw.randint(1, 6)):
         at = draw.randrange(len(data))
-        kind = draw.randrange(4)
+        kind = draw.randrange(5)
         if kind == 0:
             data[at] = draw.randrange(256)
         elif kind == 1:
@@ -58,6 +63,16 @@ def _mutated(data: bytearray, draw: random.Random) -> bytearray:
             data[at : at + 8] = draw.choice(
                 [b"\xff" * 8, b"\xff" * 7 + b"\x7f", (1 << draw.randrange(64)).to_bytes(8, "little")]
             )
+        elif kind == 4:
+            # The text of a numpy dtype, found by its length, so that what follows it is read as before; and, sometimes,
+            # where its shape is, a large one, and none of its bytes.
+            found = data.find(b"s" + (3).to_bytes(8, "little"), at)
+            if found >= 0:
+                size = (1 << draw.randrange(61)).to_bytes(8, "little")
+                shape = b"t" + (1).to_bytes(8, "little") + b"i" + (8).to_bytes(8, "little") + size
+                data[found + 9 : found + 12] = draw.choice(_DTYPES)
+                if draw.randrange(2):
+                    data[found + 12 :] = shape + b"b" + bytes(8)
         elif kind == 2:
             del data[at : at + draw.randrange(1, 9)]
         else:
@@ -65,6 +80,10 @@ def _mutated(data: bytearray, draw: random.Random) -> bytearray:
         if not data:
             return data
     return data
+
+
+def _receive(manifest: bytearray) -> Any:
+    return tensor_dict.receive(manifest, torch.device("cpu"), "test", lambda _, tensor: None, Wire())
 
 
 def _fuzz(cases: int, seed: int) -> None:
@@ -76,7 +95,7 @@ def _fuzz(cases: int, seed: int) -> None:
         with contextlib.suppress(TypeError, ValueError):
             decode(data)
         with contextlib.suppress(TypeError, ValueError):
-            tensor_dict.receive(_mutated(manifest, draw), torch.device("cpu"), "test", lambda _, tensor: None)
+            _receive(_mutated(manifest, draw))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 5 << 20, number
@@ -125,7 +144,7 @@ def test_lengths_are_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
         encode(bytes(2 << 20))
     announced = encode(((1, 0), [(torch.uint8, (1 << 40,), "cpu")], b""))
     with pytest.raises(ValueError, match="tensors announced has 1099511627776 bytes"):
-        tensor_dict.receive(announced, torch.device("cpu"), "test", lambda _, tensor: None)
+        _receive(announced)
 
 
 @pytest.mark.parametrize("dtype", ["|O", "|V8", "<i4,<i4", "|O8", "(2,)i4", "<M8[ns, x]"])
@@ -135,6 +154,94 @@ def test_numpy_dtypes_with_pointers_or_fields(dtype: str) -> None:
         decode(frame)
     with pytest.raises(TypeError, match="dtype object"):
         encode(numpy.array([object()]))
+
+
+def _array(dtype: str, shape: tuple[int, ...], content: bytes = b"") -> bytearray:
+    return bytearray(b"fvo1a") + encode(dtype)[4:] + encode(shape)[4:] + encode(content)[4:]
+
+
+@pytest.mark.parametrize("dtype", ["|S0", "<U0", ">U0", "S0", "|S"])
+def test_numpy_items_of_no_bytes_take_no_memory(dtype: str) -> None:
+    # A frame of 60 bytes that asked numpy for 8 GiB and more; here for little enough to survive it.
+    for frame in (_array(dtype, (1 << 20,)), _array(dtype, (0,)), _array(dtype, ())):
+        with pytest.raises(ValueError, match=r"without a size|numpy dtype"):
+            decode(frame)
+
+
+def test_empty_numpy_texts_travel() -> None:
+    for value in (numpy.str_(""), numpy.bytes_(b""), numpy.array(""), numpy.empty(0, "U5"), numpy.empty((2, 0), "S3")):
+        got = decode(encode(value))
+        assert type(got) is type(value)
+        assert got.shape == value.shape
+        assert got.tolist() == value.tolist()
+
+
+@pytest.mark.parametrize("tag", ["set", "frozenset", "dict", "ordered", "items"])
+def test_keys_of_one_hash(tag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fvops.wire_format._allowed", {})
+    add_safe_globals([defaultdict, int])
+    make: dict[str, Any] = {
+        "set": set,
+        "frozenset": frozenset,
+        "dict": dict.fromkeys,
+        "ordered": OrderedDict.fromkeys,
+        "items": lambda keys: defaultdict(int, dict.fromkeys(keys)),
+    }
+    keys = [number * (2**61 - 1) for number in range(101)]
+    assert len({hash(key) for key in keys}) == 1
+    with pytest.raises(ValueError, match="101 keys of a set or dictionary have the same hash; at most 100 are read"):
+        decode(encode(make[tag](keys)))
+    for honest in (keys[:100], range(1000), [2.0**power for power in range(-1000, 1000)], map(str, range(1000))):
+        sent = make[tag](list(honest))
+        assert decode(encode(sent)) == sent
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((0, 2**61, 2**61), "sizes whose product is 2**59 or more"),
+        ((2**58, 2, 0), "sizes whose product is 2**59 or more"),
+        ((1,) * 65, "65 dims, at most 64 are read"),
+        ((0,) * 100, "100 dims, at most 64 are read"),
+        ((2, -1), "a size below 0"),
+    ],
+)
+def test_shapes_that_no_tensor_has(shape: tuple[int, ...], words: str) -> None:
+    for dtype in (torch.uint8, torch.complex128):
+        for where in ("cpu", "device"):
+            with pytest.raises(ValueError) as caught:
+                _receive(encode(((1, 0), [(dtype, shape, where)], bytes(encode({})))))
+            assert f"test: a tensor was announced with {words}" in str(caught.value)
+    # The largest that are taken.
+    largest = [(torch.complex128, (0, 2**58), "cpu"), (torch.uint8, (1,) * 64, "cpu")]
+    assert _receive(encode(((1, 0), largest, bytes(encode({}))))) == {}
+
+
+def test_a_store_message_in_many_pieces_ends_at_the_deadline() -> None:
+    store = dist.HashStore()
+    store.set("k/0", (4 << 20).to_bytes(8, "little"))
+
+    class Endless:
+        """A store in which each piece is there as soon as it is asked for, after a while, and has one byte."""
+
+        asked = 0
+
+        def wait(self, keys: list[str], _: Any) -> None:
+            pass
+
+        def get(self, key: str) -> bytes:
+            if key == "k/0":
+                return store.get(key)
+            self.asked += 1
+            time.sleep(0.005)
+            return b"x"
+
+    endless = Endless()
+    with pytest.raises(
+        store_messages.StoreTimeout, match=r"within 0.1 s under .* of 4194304 bytes came, in \d+ pieces"
+    ):
+        store_messages.take(endless, "k", 0.1)
+    assert 0 < endless.asked <= 21
 
 
 def test_a_hostile_pickle_in_the_store(tmp_path: Path) -> None:
@@ -197,6 +304,7 @@ def _hostile_peer(frames: list[bytes], way: str) -> list[str]:
     import fvops
     from fvops import objects
     from fvops.objects import Message
+    from fvops.parallel_state import init_model_parallel_group
 
     group = fvops.get_sp_group()
     queue = _queue() if way == "queue" else None
@@ -210,15 +318,20 @@ def _hostile_peer(frames: list[bytes], way: str) -> list[str]:
     }
     send, receive = ways[way]
     texts = []
-    for frame in frames:
+    for number, frame in enumerate(frames):
+        if "dict" in way:
+            # A manifest that is refused may have tensors behind it, and breaks its group.
+            group = init_model_parallel_group([[0, 1]], 0, "gloo", group_name=f"hostile{number}")
         if group.rank_in_group:
             with pytest.raises((TypeError, ValueError)) as caught:
                 receive()
             texts.append(str(caught.value))
-            continue
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(objects, "pack", lambda *_, frame=frame: Message(bytearray(frame)))
-            send()
+        else:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(objects, "pack", lambda *_, frame=frame: Message(bytearray(frame)))
+                send()
+        if "dict" in way:
+            group.destroy()
     return texts
 
 

@@ -33,12 +33,18 @@ class Board:
     def read(self, key: str) -> str | None:
         """What is under `key`; None if nothing is."""
         with _gone():
-            return self._store.get(f"{_PREFIX}/{key}").decode() if self._store.check([f"{_PREFIX}/{key}"]) else None
+            return (
+                self._store.get(f"{_PREFIX}/{key}").decode(errors="replace")
+                if self._store.check([f"{_PREFIX}/{key}"])
+                else None
+            )
 
     def read_all(self, keys: Iterable[str]) -> list[str]:
         """What is under `keys`, all of which are there, in one round trip."""
         with _gone():
-            return [text.decode() for text in self._store.multi_get([f"{_PREFIX}/{key}" for key in keys])]
+            return [
+                text.decode(errors="replace") for text in self._store.multi_get([f"{_PREFIX}/{key}" for key in keys])
+            ]
 
     def holds(self, keys: Iterable[str]) -> bool:
         """Is there something under each of `keys`?"""

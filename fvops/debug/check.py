@@ -225,6 +225,6 @@ def _say_that_we_exit() -> None:
     try:
         text = board.read(key)
         if text is not None:
-            board.post(key, replace(Notice.decode(text), awaited={}, over="has exited").encode())
+            board.post(key, replace(Notice.decode(text, dist.get_rank()), awaited={}, over="has exited").encode())
     except RuntimeError as error:
         logger.warning("the other ranks cannot be told that this one exits: %s", error)

@@ -40,9 +40,21 @@ class Fingerprint:
     def decode(cls, text: str | bytes) -> Fingerprint:
         """RuntimeError for what no `encode` has written."""
         try:
-            return cls(**json.loads(text))
-        except (TypeError, ValueError) as error:
+            print_ = cls(**json.loads(text))
+        except (RecursionError, TypeError, ValueError) as error:
             raise RuntimeError(f"another rank announced something unreadable: {error}") from error
+        match print_:
+            case Fingerprint(str(), str(), int(), list(shapes), list(dtypes), dict(), str()):
+                well = all(type(dtype) is str for dtype in dtypes) and all(map(_is_shape, shapes))
+            case _:
+                well = False
+        if not well:
+            raise RuntimeError(f"another rank announced something unreadable: {str(text)[:100]!r}")
+        return print_
+
+
+def _is_shape(shape: Any) -> bool:
+    return type(shape) is list and all(type(size) is int for size in shape)
 
 
 def of_call(call: Call) -> Fingerprint:

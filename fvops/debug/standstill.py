@@ -56,12 +56,26 @@ class Notice:
         return json.dumps(asdict(self))
 
     @classmethod
-    def decode(cls, text: str) -> Notice:
-        raw = json.loads(text)
-        raw["print_"] = Fingerprint(**raw["print_"])
-        raw["awaited"] = {int(rank): place for rank, place in raw["awaited"].items()}
-        raw["process"] = Process(**raw["process"])
-        return cls(**raw)
+    def decode(cls, text: str, rank: int) -> Notice:
+        """What global rank `rank` put up; RuntimeError for what no `encode` has written."""
+        try:
+            raw = json.loads(text)
+            raw["print_"] = Fingerprint.decode(json.dumps(raw["print_"]))
+            raw["awaited"] = {int(other): place for other, place in raw["awaited"].items()}
+            raw["process"] = Process(**raw["process"])
+            notice = cls(**raw)
+        except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+            raise RuntimeError(f"{_notice_of(rank)}: {type(error).__name__}: {error}") from error
+        kinds = (
+            (int, [notice.life, notice.process.pid, *notice.awaited.values()]),
+            (str, [notice.call, notice.over, notice.process.start, notice.process.home]),
+            (bool, [notice.failed]),
+        )
+        for kind, values in kinds:
+            for value in values:
+                if type(value) is not kind:
+                    raise RuntimeError(f"{_notice_of(rank)}: {str(value)[:100]!r} where a {kind.__name__} was due")
+        return notice
 
     def has_come(self, board: Board, rank: int) -> bool:
         """Has `rank`, one of `awaited`, announced this call?"""
@@ -73,8 +87,12 @@ def seen_last(board: Board, rank: int) -> str:
     text = board.read(notice_key(rank))
     if text is None:
         return "has announced nothing: is checking on there too?"
-    print_ = Notice.decode(text).print_
+    print_ = Notice.decode(text, rank).print_
     return f"its last call was {print_.op}, call {print_.number} of group {print_.group!r}, from {print_.where}"
+
+
+def _notice_of(rank: int) -> str:
+    return f"the notice that global rank {rank} put up for check_collectives (key {notice_key(rank)!r}) is unreadable"
 
 
 def stuck(board: Board, me: int, own: Notice) -> tuple[str, dict[int, Fingerprint | str]]:
@@ -106,7 +124,7 @@ def _reachable(board: Board, me: int, own: Notice) -> dict[int, Notice | None]:
         if rank in found:
             continue
         text = board.read(notice_key(rank))
-        found[rank] = notice = None if text is None else Notice.decode(text)
+        found[rank] = notice = None if text is None else Notice.decode(text, rank)
         if notice is not None:
             ahead.extend(notice.awaited)
     return found

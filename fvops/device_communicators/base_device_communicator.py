@@ -315,8 +315,12 @@ class DeviceCommunicatorBase:
         finally:
             journal.finish(noted, not well)
 
-    def compare_objects(self, op: str, peer: int | None, sends: bool, arguments: dict[str, Any]) -> None:
-        """Under `check_collectives`, compare a call that moves objects to or from place `peer` (None: among all)."""
+    def compare_objects(self, op: str, peer: int | None, sends: bool, arguments: dict[str, Any]) -> str:
+        """Under `check_collectives`, compare a call that moves objects to or from place `peer` (None: among all).
+
+        Returns:
+            what its ranks call it in a roll call.
+        """
         way = "collective" if peer is None else f"{self.rank}-{peer}" if sends else f"{peer}-{self.rank}"
         self._issued[way] = number = self._issued.get(way, 0) + 1
         try:
@@ -324,6 +328,7 @@ class DeviceCommunicatorBase:
         except debug_check.MismatchError as error:
             self.break_with(f"{type(error).__name__} in {op}: {error}")
             raise
+        return f"{way} {number}"
 
     def refuse_if_broken(self, op: str) -> None:
         """RuntimeError when an earlier call failed."""

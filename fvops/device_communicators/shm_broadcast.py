@@ -154,6 +154,11 @@ class MessageQueue:
             return obj
         return self.dequeue(timeout)
 
+    @property
+    def failure(self) -> str:
+        """Why the queue cannot be used any more; empty while it can."""
+        return self._broken
+
     def close(self) -> None:
         """Leave the queue; the others are told when they next wait for this rank. Safe to call twice."""
         for end in self._ends:
@@ -184,7 +189,7 @@ class MessageQueue:
         """After an error in the middle of an object the ends do not agree on where they are."""
         try:
             yield
-        except Exception as error:  # whatever it was, the stream is cut in the middle
+        except BaseException as error:  # whatever it was, an interrupt too: the stream is cut in the middle
             self._broken = f"it failed in the middle of an object ({error})"
             self.close()
             raise
@@ -264,7 +269,7 @@ def _describe(pg: Any) -> tuple[int, int, Any]:
 def _gather(pg: Any, places: int, obj: Any) -> list[Any]:
     if isinstance(pg, StatelessProcessGroup):
         return pg.all_gather_obj(obj)
-    return [objects.broadcast([obj], dist.get_global_rank(pg, src), pg)[0] for src in range(places)]
+    return [objects.broadcast([obj], dist.get_global_rank(pg, src), pg, objects.Wire())[0] for src in range(places)]
 
 
 def _check_sizes(sizes: list[tuple[int, ...]], places: int) -> None:
