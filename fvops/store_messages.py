@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch.distributed as dist
+
 from fvops.serialization import check_size
 
-__all__ = ["PIECE_BYTES", "StoreTimeout", "delete", "missing", "put", "take", "wait_for"]
+__all__ = ["PIECE_BYTES", "StoreTimeout", "delete", "missing", "own_client", "put", "take", "wait_for"]
 
 PIECE_BYTES = 4 << 20
 _LENGTH = struct.Struct("<Q")
@@ -95,3 +97,8 @@ def delete(store: Any, keys: Sequence[str]) -> None:
     """Remove `keys`."""
     for key in keys:
         store.delete_key(key)
+
+
+def own_client(store: Any, prefix: str) -> Any:
+    """`store` under `prefix`, over a connection of its own: a wait on a shared one holds up everybody else's calls."""
+    return dist.PrefixStore(prefix, store.clone())

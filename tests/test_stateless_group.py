@@ -6,6 +6,9 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,21 +95,102 @@ def test_groups_over_one_store_do_not_meet() -> None:
     assert a1.broadcast_obj(None, 0) == "all of a"
 
 
-def test_a_wait_ends_and_says_for_whom(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FVOPS_TIMEOUT_S", "0.3")
-    ((one, other),) = _two(dist.HashStore(), ["a"])
-    for call, text in (
-        (lambda: other.recv_obj(0), "an object of rank 0"),
-        (lambda: other.broadcast_obj(None, 0), "an object of rank 0"),
-        (other.barrier, r"missing: ranks \[0\]"),
-    ):
-        began = time.monotonic()
-        with pytest.raises(RuntimeError, match=text):
-            call()
-        assert time.monotonic() - began < 30
-    # The object that came too late is the one that is received next.
+_COLLECTIVES: dict[str, tuple[Callable[[StatelessProcessGroup], Any], str]] = {
+    "broadcast_obj": (lambda group: group.broadcast_obj(None, 0), "for an object of rank 0"),
+    "all_gather_obj": (lambda group: group.all_gather_obj("of rank 1"), "for an object of rank 0"),
+    "barrier": (lambda group: group.barrier(), r"at barrier 0; missing: ranks \[0\]"),
+}
+
+
+@pytest.mark.parametrize("op", _COLLECTIVES)
+def test_after_a_collective_has_failed_every_call_says_so(op: str) -> None:
+    store = dist.HashStore()
+    one, other = (StatelessProcessGroup.over_store(store, "a", rank, 2, timeout_s=0.3) for rank in range(2))
+    # What nobody sent in time may be asked for again.
+    with pytest.raises(RuntimeError, match=r"StatelessProcessGroup\.recv_obj on group 'a', rank 1 of 2: waited 0\.3 s"):
+        other.recv_obj(0)
     one.send_obj("late", 1)
     assert other.recv_obj(0) == "late"
+
+    call, text = _COLLECTIVES[op]
+    with pytest.raises(RuntimeError, match=rf"{op} on group 'a', rank 1 of 2: waited 0\.3 s {text}") as first:
+        call(other)
+    # Rank 0 comes to its first call now. Were rank 1's next answered with what belongs to that, nobody would notice.
+    one.broadcast_obj("first", 0)
+    one.send_obj("first", 1)
+    for name, later in {
+        **{name: call for name, (call, _) in _COLLECTIVES.items()},
+        "recv_obj": lambda group: group.recv_obj(0),
+        "send_obj": lambda group: group.send_obj(1, 0),
+    }.items():
+        with pytest.raises(RuntimeError, match=rf"\.{name} on group 'a', rank 1 of 2: this group is broken") as caught:
+            later(other)
+        assert str(first.value) in str(caught.value)
+
+
+def _late_to_the_first(folder: str) -> list[Any]:
+    """Rank 0 comes to its first all_gather once rank 1 has given up on it and tried again."""
+    me, P = _rank()
+    store = dist.FileStore(os.path.join(folder, "store"), P)
+    group = StatelessProcessGroup.over_store(store, "late", me, P, timeout_s=1.0)
+    if me == 0:
+        store.wait(["given up"], timedelta(seconds=60))
+        group.all_gather_obj("call 1 of rank 0")
+        store.set("came", "")
+        return []
+    texts = []
+    for n in (1, 2):
+        try:
+            texts.append(group.all_gather_obj(f"call {n} of rank 1"))
+        except RuntimeError as error:
+            texts.append(str(error))
+        if n == 1:
+            store.set("given up", "")
+            store.wait(["came"], timedelta(seconds=60))
+    return texts
+
+
+def test_a_retry_does_not_get_what_belongs_to_the_call_before(two_ranks: Ranks, tmp_path: Path) -> None:
+    _, (first, second) = two_ranks.run(_late_to_the_first, str(tmp_path), initialize=False, deadline_s=90)
+    assert "all_gather_obj on group 'late', rank 1 of 2: waited 1 s for an object of rank 0" in first
+    assert "this group is broken since an earlier error" in second
+    assert first in second
+
+
+class _Gone:
+    """A store whose server has gone, after the groups over it were made."""
+
+    def __init__(self) -> None:
+        self.gone = False
+
+    def __getattr__(self, name: str) -> Any:
+        def ask(*args: Any) -> Any:
+            if self.gone:
+                raise dist.DistNetworkError("Connection reset by peer")
+            return 1
+
+        return ask
+
+
+def test_a_store_that_does_not_answer_is_told_with_op_group_and_rank() -> None:
+    for op, call in {
+        "send_obj": lambda group: group.send_obj(1, 0),
+        "recv_obj": lambda group: group.recv_obj(0),
+        **{name: call for name, (call, _) in _COLLECTIVES.items()},
+        "expire_data": lambda group: group.expire_data(),
+    }.items():
+        store = _Gone()
+        group = StatelessProcessGroup(1, 2, store, name="lost")
+        group.entries.append(("a key", time.monotonic()))
+        store.gone = True
+        with pytest.raises(
+            RuntimeError, match=rf"\.{op} on group 'lost', rank 1 of 2: the store does not answer.*Connection reset"
+        ):
+            call(group)
+        with pytest.raises(RuntimeError, match=rf"send_obj on group 'lost'.*this group is broken.*\.{op} on group"):
+            group.send_obj(1, 0)
+    with pytest.raises(RuntimeError, match=r"joining on group 'lost', rank 1 of 2: the store does not answer"):
+        StatelessProcessGroup(1, 2, store, name="lost")
 
 
 def test_a_group_has_a_deadline_of_its_own() -> None:

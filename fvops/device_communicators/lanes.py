@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from fvops import store_messages
 from fvops.device_communicators.flat_transport import RefusedError
 from fvops.device_communicators.library_communicator import LibraryCommunicator
 from fvops.device_communicators.library_streams import Streams
@@ -80,7 +81,8 @@ class Lanes:
 
     def _open(self, name: str, end: int) -> LibraryCommunicator:
         """This end, 0 sends and 1 receives, of the lane `name`; waits for the other."""
-        store = dist.distributed_c10d._get_default_store()
+        # The wait for the other end, here often in a thread, must not hold up what the rank asks the default store.
+        store = store_messages.own_client(dist.distributed_c10d._get_default_store(), "fvops/lanes")
         pair = StatelessProcessGroup.over_store(store, name, end, 2, timeout_s=self._timeout_s)
         comm = self._make(pair, name)
         if not comm.available:

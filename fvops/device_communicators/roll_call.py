@@ -17,6 +17,10 @@ __all__ = ["RollCall"]
 # How long the other ranks get to fail as well, in seconds.
 _WINDOW_S = 2.0
 _POLL_S = 0.02
+# What there is when the store cannot be asked, over which the call's own error must not be lost: DistStoreError and
+# DistNetworkError are RuntimeErrors; once torch.distributed is destroyed it has no default store, which is a
+# ValueError, and while another thread is destroying it a KeyError.
+_NO_STORE = (RuntimeError, ValueError, KeyError)
 
 
 class RollCall:
@@ -41,7 +45,7 @@ class RollCall:
         """
         try:
             absent = self._absent(call, [place for place in places if place != self._rank])
-        except RuntimeError as error:  # DistStoreError and DistNetworkError are RuntimeErrors
+        except _NO_STORE as error:
             return f"who is missing cannot be told, the store is gone, and with it perhaps global rank 0 ({error})"
         if not absent:
             return "every rank of the group came to it, and it failed there too"
@@ -51,7 +55,7 @@ class RollCall:
         """Say who of `places` does not wait in `call`, as this rank has for long. Takes at most two seconds."""
         try:
             absent = self._absent(f"slow {call}", [place for place in places if place != self._rank])
-        except RuntimeError as error:
+        except _NO_STORE as error:
             return f"whom it waits for cannot be told, the store is gone ({error})"
         if not absent:
             return "every other rank waits in it too"

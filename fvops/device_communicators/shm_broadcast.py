@@ -95,11 +95,12 @@ class MessageQueue:
             if descriptor >= 0:
                 os.close(descriptor)
         remote: _StoreWriter | _StoreReader | None = None
+        prefix = f"fvops/queue/{writer['key']}"
         if far and place == writer_rank:
             logger.info("message queue: places %s read over the store (%s)", far, why or "another node")
-            remote = _StoreWriter(_own_store(store, writer["key"]), len(far), max_chunks)
+            remote = _StoreWriter(store_messages.own_client(store, prefix), len(far), max_chunks)
         elif place in far:
-            remote = _StoreReader(_own_store(store, writer["key"]), len(far), writer_rank)
+            remote = _StoreReader(store_messages.own_client(store, prefix), len(far), writer_rank)
         return MessageQueue(place, writer_rank, end, remote)
 
     def enqueue(self, obj: Any, timeout: float | None = None) -> None:
@@ -332,8 +333,3 @@ def _writing_end(
     peers = [Peer(Identity(**offers[reader]["identity"])) for reader in readers]
     lines = [reader - (reader > writer_rank) for reader in readers]
     return RingWriter(ring, peers, [f"place {reader}, a reader," for reader in readers], lines)
-
-
-def _own_store(store: Any, key: str) -> Any:
-    # A client of its own: a wait on the shared one would hold up everybody else's calls.
-    return dist.PrefixStore(f"fvops/queue/{key}", store.clone())
