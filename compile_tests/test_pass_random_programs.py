@@ -202,3 +202,23 @@ def test_every_combination_has_its_turn(alike: bool) -> None:
     chosen = _combinations(alike)
     turns = [number for run in RUNS for number in _numbers(200, *run, alike)]
     assert {number % len(chosen) for number in turns} == set(range(len(chosen)))
+
+
+def _exchange(*rows: int) -> CollectiveRecord:
+    shapes = tuple((1, n, 2, 4) for n in rows)
+    op = "all_to_all_4D" + ("_coalesced" if len(rows) > 1 else "")
+    return CollectiveRecord("sp:0", op, shapes, torch.float64, (("scatter_dim", 2),), sum(rows) * 64)
+
+
+def test_the_check_reports_broken_promises() -> None:
+    """One tensor more or less, a merged one without merge, one above the limit."""
+    off: dict[str, Any] = {"merge": False, "cancel": False, "dead": False}
+    single, merged = [_exchange(4), _exchange(4)], [_exchange(4, 4)]
+    assert not _broken_promise(single, single, off, dynamic=False)
+    assert "without merge" in _broken_promise(single, merged, off, dynamic=False)
+    assert "dropped" in _broken_promise(single, single[1:], off, dynamic=False)
+    assert not _broken_promise(single, single[1:], {**off, "dead": True}, dynamic=False)
+    assert not _broken_promise(single, merged, {**off, "merge": 512}, dynamic=False)
+    assert "above 511 bytes" in _broken_promise(single, merged, {**off, "merge": 511}, dynamic=False)
+    assert not _broken_promise(merged, merged, {**off, "merge": 511}, dynamic=False)
+    assert "eager sent" in _broken_promise(single, [*merged, _exchange(4)], {**off, "merge": True}, dynamic=False)
