@@ -194,6 +194,11 @@ def _projected_from_the_left(x: Tensor) -> Tensor:
     return torch.mm(_weight(x, 6, y.size(1)), y.t())
 
 
+def _with_itself(x: Tensor, transposed_first: bool) -> Tensor:
+    y = _sequence(x.sin()).flatten(2).flatten(0, 1)
+    return y.t() @ y if transposed_first else y @ y.t()
+
+
 def _projected_twice(x: Tensor) -> Tensor:
     y = _sequence(x.sin()).flatten(2)
     return F.linear(y, _weight(x, 6, y.size(2))) * F.linear(y, _weight(x.cos(), 6, y.size(2)))
@@ -222,6 +227,8 @@ ABSORBED: dict[str, tuple[Program, int, int]] = {
     "projected before": (lambda x: _projected_before(x, bias=False), 0, 1),
     "projected before with a bias": (lambda x: _projected_before(x, bias=True), 0, 1),
     "projected and summed": (_only_summed, 1, 0),
+    "with itself": (lambda x: _with_itself(x, transposed_first=False), 0, 0),
+    "with itself, transposed first": (lambda x: _with_itself(x, transposed_first=True), 0, 0),
 }
 
 PROGRAMS: dict[str, Program] = {

@@ -45,8 +45,13 @@ COLLECTIVES = (
 )
 LOCAL = ("sin", "transpose", "slice", "mutate", "rank_branch", "add")
 KINDS = COLLECTIVES + LOCAL
-# Three exchanges that are ready together; an exchange and its inverse; a projection; results that nobody reads.
-FOR_ANY = (*KINDS, *("three", "all_to_all_4D", "project") * 3, *("round_trip", "unread") * 2)
+# Three exchanges that are ready together; an exchange and its inverse; a projection; results that nobody reads;
+# projections of what was received and of what is sent, as wide as `absorb` asks for.
+FOR_ANY = (
+    *KINDS,
+    *("three", "all_to_all_4D", "project") * 3,
+    *("round_trip", "unread", "project_received", "project_sent") * 2,
+)
 FOR_ALIKE = tuple(kind for kind in (*FOR_ANY, *("round_trip",) * 3) if kind not in ("rank_branch", "gather"))
 
 
@@ -89,6 +94,10 @@ def _draw_step(draw: st.DrawFn, kind: str, index: int, group: str, shape: tuple[
     if kind in ("all_to_all_4D", "coalesced", "three", "round_trip", "unread"):
         pairs = [pair for pair in ((2, 1), (1, 2)) if shape[pair[0]] % P == 0]
         return (*head, *draw(st.sampled_from(pairs))) if pairs else None
+    if kind == "project_received":
+        return head if shape[1] % P == 0 else None
+    if kind == "project_sent":
+        return head if shape[0] * shape[1] * P * P * 2 <= _LARGEST else None
     if kind == "all_to_all_single":
         return head if shape[0] % P == 0 else None
     if kind == "splits":
@@ -114,6 +123,10 @@ def _result_shape(step: Step, shape: tuple[int, ...], P: int) -> tuple[int, ...]
     elif kind in ("all_to_all_4D", "coalesced", "three"):
         new[step[3]] //= P
         new[step[4]] *= P
+    elif kind == "project_received":
+        return (shape[0], shape[1] // P, P, 3)
+    elif kind == "project_sent":
+        return (shape[0], shape[1] * P, P, 2)
     elif kind == "transpose":
         new[1], new[2] = new[2], new[1]
     elif kind == "slice":
@@ -181,6 +194,12 @@ def _run_step(group: fvops.GroupCoordinator, step: Step, x: Tensor) -> Tensor | 
     if kind == "unread":
         group.all_gather(group.all_to_all_4D(x.cos(), step[3], step[4]))
         return None
+    if kind == "project_received":
+        y = group.all_to_all_4D(x, 1, 2).flatten(2)
+        return (y @ _weight(y, P * 3)).unflatten(2, (P, 3))
+    if kind == "project_sent":
+        y = x.flatten(2)
+        return group.all_to_all_4D((y @ _weight(y, P * P * 2)).unflatten(2, (P * P, 2)), 2, 1)
     if kind == "all_to_all_single":
         return group.all_to_all_single(x)
     if kind == "splits":
@@ -208,6 +227,12 @@ def _run_step(group: fvops.GroupCoordinator, step: Step, x: Tensor) -> Tensor | 
     return _run_local(kind, step, x, place)
 
 
+def _weight(x: Tensor, columns: int) -> Tensor:
+    rows = x.shape[-1]
+    # Divided: what grows at every step would make sines of large numbers, and these amplify rounding.
+    return torch.linspace(-1, 1, rows * columns, dtype=x.dtype).view(rows, columns) / rows
+
+
 def _run_local(kind: str, step: Step, x: Tensor, place: int) -> Tensor:
     if kind == "sin":
         return x.sin()
@@ -220,7 +245,7 @@ def _run_local(kind: str, step: Step, x: Tensor, place: int) -> Tensor:
         y[:, :1].mul_(0.5)
         return y
     if kind == "project":  # a kernel of its own
-        return x @ torch.linspace(-1, 1, x.shape[3] ** 2, dtype=x.dtype).view(x.shape[3], -1)
+        return x @ _weight(x, x.shape[3])
     if kind == "rank_branch":
         return x.cos() if place == step[3] else x.sigmoid()
     return x + x.flip(1)

@@ -77,7 +77,9 @@ def _readers(received: Node) -> list[tuple[Node, Node]]:
                 found.append((user, node))
             elif user.target not in (aten.sum.dim_IntList, aten.sym_size.int):
                 return []
-    return found
+    # With both factors out of this tensor, each would need the other's parts.
+    products = [product for product, _ in found]
+    return found if len(set(products)) == len(products) else []
 
 
 def _is_matrix(node: Node, columns: int) -> bool:

@@ -28,7 +28,7 @@ class Plan:
         padding: tokens added so that every rank has as many.
         collectives: calls.
         sent_bytes: bytes that leave the rank.
-        layout_kernels: kernels that only move elements.
+        layout_kernels: kernels that only move elements; as lowered for CPU, where an exchange lays out by itself.
         parameter_bytes: every rank holds all of them.
         activation_bytes: a block's inputs, and the largest sum of its results that are alive at once.
         us: estimated time.
