@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fvops.device_communicators.shm_broadcast import MessageQueue
 from tests import harness
 from tests.harness import Ranks
 from tests.refusal import refusal
@@ -167,3 +168,25 @@ def test_an_object_that_does_not_come_names_who_is_missing() -> None:
     assert first.startswith("fvops.broadcast_object on group 'cut:0' failed on place 1 of 2 (global ranks [0, 1], ")
     assert "deadline 2 s); missing: place 0 (global rank 0). The transport says: " in first
     assert first in second
+
+
+def test_an_interrupt_in_an_object_breaks_the_queue() -> None:
+    class End:
+        """Has an object, and is interrupted when that is read."""
+
+        def wait_for_chunk(self, _: float) -> None:
+            pass
+
+        def read(self, _: float) -> bytearray:
+            raise KeyboardInterrupt
+
+        def close(self) -> None:
+            pass
+
+    end: Any = End()
+    queue = MessageQueue(1, 0, end, None)
+    with pytest.raises(KeyboardInterrupt):
+        queue.dequeue()
+    assert "in the middle of an object" in queue.failure
+    with pytest.raises(RuntimeError, match="cannot be used any more: it failed in the middle of an object"):
+        queue.dequeue()

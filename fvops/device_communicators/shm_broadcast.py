@@ -191,7 +191,7 @@ class MessageQueue:
         try:
             yield
         except BaseException as error:  # whatever it was, an interrupt too: the stream is cut in the middle
-            self._broken = f"it failed in the middle of an object ({error})"
+            self._broken = f"it failed in the middle of an object ({type(error).__name__}: {error})"
             self.close()
             raise
 
