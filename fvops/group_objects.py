@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -51,11 +52,11 @@ class GroupObjects:
         where = self._check_object_call("broadcast_object", "src", src)
         if self.world_size == 1:
             return obj
-        call = self._compare("broadcast_object", src=src)
-        if self.mq_broadcaster is not None:
-            return self._over_the_queue(where, obj, src)
-        with self._naming(where, call) as wire:
-            return objects.broadcast([obj], self.ranks[src], self.cpu_group, wire)[0]
+        with self._noting("broadcast_object", src=src) as call:
+            if self.mq_broadcaster is not None:
+                return self._over_the_queue(where, obj, src)
+            with self._naming(where, call) as wire:
+                return objects.broadcast([obj], self.ranks[src], self.cpu_group, wire)[0]
 
     def broadcast_object_list(
         self, obj_list: list[Any], src: int = 0, group: dist.ProcessGroup | None = None
@@ -68,13 +69,13 @@ class GroupObjects:
         where = self._check_object_call("broadcast_object_list", "src", src)
         if self.world_size == 1:
             return obj_list
-        call = self._compare("broadcast_object_list", src=src)
-        if group is None and self.mq_broadcaster is not None:
-            obj_list[:] = self._over_the_queue(where, list(obj_list), src)
-            return obj_list
-        with self._naming(where, call) as wire:
-            over = self.cpu_group if group is None else group
-            obj_list[:] = objects.broadcast(obj_list, self.ranks[src], over, wire)
+        with self._noting("broadcast_object_list", src=src) as call:
+            if group is None and self.mq_broadcaster is not None:
+                obj_list[:] = self._over_the_queue(where, list(obj_list), src)
+                return obj_list
+            with self._naming(where, call) as wire:
+                over = self.cpu_group if group is None else group
+                obj_list[:] = objects.broadcast(obj_list, self.ranks[src], over, wire)
         return obj_list
 
     def send_object(self, obj: Any, dst: int) -> None:
@@ -85,9 +86,8 @@ class GroupObjects:
             RuntimeError: the group has one rank, or an earlier send was not received within the deadline.
         """
         where = self._check_partner("send_object", "dst", dst)
-        self._compare("send_object", dst=dst)
         message = objects.pack(obj)
-        with self._naming(where, "") as wire:
+        with self._noting("send_object", dst=dst), self._naming(where, "") as wire:
             objects.send_message(message, self.ranks[dst], self.cpu_group, self._sends(), wire)
 
     def recv_object(self, src: int) -> Any:
@@ -99,8 +99,7 @@ class GroupObjects:
             RuntimeError: the group has one rank, or nothing came within the deadline.
         """
         where = self._check_partner("recv_object", "src", src)
-        call = self._compare("recv_object", src=src)
-        with self._naming(where, call) as wire:
+        with self._noting("recv_object", src=src) as call, self._naming(where, call) as wire:
             return decode(objects.recv_message(self.ranks[src], self.cpu_group, wire))
 
     def broadcast_tensor_dict(
@@ -125,14 +124,13 @@ class GroupObjects:
         where = self._check_object_call("broadcast_tensor_dict", "src", src)
         if self.world_size == 1:
             return tensor_dict
-        call = self._compare("broadcast_tensor_dict", src=src)
         over = {"cpu": metadata_group or self.cpu_group, "device": group or self.device_group}
         root = self.ranks[src]
 
         def fetch(_: Manifest, tensor: Tensor) -> None:
             dist.broadcast(wire_bytes(tensor), src=root, group=over["cpu" if tensor.device.type == "cpu" else "device"])
 
-        with self._naming(where, call) as wire:
+        with self._noting("broadcast_tensor_dict", src=src) as call, self._naming(where, call) as wire:
             if self.rank_in_group != src:
                 manifest = objects.broadcast_message(None, root, over["cpu"], wire)
                 return _dictionary(manifest, self.device, where, fetch, wire)
@@ -160,10 +158,9 @@ class GroupObjects:
         if self.world_size == 1:
             return tensor_dict
         self._check_partner("send_tensor_dict", "dst", dst)
-        self._compare("send_tensor_dict", dst=dst)
         n, k = (1, 0) if all_gather_group is None else (all_gather_group.world_size, all_gather_group.rank_in_group)
         message, tensors = _pack(tensor_dict, self.device, where, (n, k))
-        with self._naming(where, "") as wire:
+        with self._noting("send_tensor_dict", dst=dst), self._naming(where, "") as wire:
             objects.send_message(message, self.ranks[dst], self.cpu_group, self._sends(), wire)
             with wire.message():
                 for tensor in tensors:
@@ -185,7 +182,6 @@ class GroupObjects:
         if self.world_size == 1:
             return None
         self._check_partner("recv_tensor_dict", "src", src)
-        call = self._compare("recv_tensor_dict", src=src)
         own = (1, 0) if all_gather_group is None else (all_gather_group.world_size, all_gather_group.rank_in_group)
 
         sent: set[tuple[int, int]] = {own}
@@ -207,7 +203,7 @@ class GroupObjects:
             else:
                 whole.copy_(all_gather_group.all_gather(part, dim=0))  # type: ignore[union-attr]
 
-        with self._naming(where, call) as wire:
+        with self._noting("recv_tensor_dict", src=src) as call, self._naming(where, call) as wire:
             message = objects.recv_message(self.ranks[src], self.cpu_group, wire)
             received = _dictionary(message, self.device, where, fetch, wire)
         for n, k in sent - {own}:
@@ -289,11 +285,9 @@ class GroupObjects:
         checks.check_peer(op, self.unique_name, what, place, self.rank_in_group, self.world_size)
         return where
 
-    def _compare(self, op: str, **arguments: int) -> str:
-        """Under `check_collectives`, be sure that the other ranks are about to do this too. Returns its name there."""
-        sends = op.startswith("send")
-        peer = None if op.startswith("broadcast") else arguments["dst" if sends else "src"]
-        return registry.resolve(self.unique_name, self.world_size).compare_objects(op, peer, sends, arguments)
+    def _noting(self, op: str, **arguments: int) -> AbstractContextManager[str]:
+        """Inside, the call is under way; before, under `check_collectives`, the other ranks are about to do it too."""
+        return registry.resolve(self.unique_name, self.world_size).noting_objects(op, arguments)
 
     def _sends(self) -> PendingSends:
         if self._object_sends is None:

@@ -126,6 +126,85 @@ def test_a_signal_is_answered_while_the_main_thread_is_blocked_in_c(tmp_path: Pa
     assert text.count("end of dump") == 1
 
 
+OBJECT_CALLS: dict[str, tuple[Any, Any]] = {
+    "recv_object": (lambda group: group.recv_object(1), lambda group: group.send_object("x", 0)),
+    "broadcast_object": (lambda group: group.broadcast_object(None, 1), lambda group: group.broadcast_object("x", 1)),
+    "broadcast_object_list": (
+        lambda group: group.broadcast_object_list([None], 1),
+        lambda group: group.broadcast_object_list(["x"], 1),
+    ),
+    "broadcast_tensor_dict": (
+        lambda group: group.broadcast_tensor_dict(None, 1),
+        lambda group: group.broadcast_tensor_dict({"x": torch.ones(2)}, 1),
+    ),
+    "recv_tensor_dict": (
+        lambda group: group.recv_tensor_dict(1),
+        lambda group: group.send_tensor_dict({"x": torch.ones(2)}, 0),
+    ),
+}
+
+
+def _stuck_in_objects(checked: bool) -> list[tuple[list[str], str]]:
+    """Rank 0 waits in each call until a thread of it has been warned and has dumped; only then does rank 1 come."""
+    import contextlib
+
+    import torch.distributed as dist
+
+    from fvops.debug import check_collectives
+
+    told: list[tuple[list[str], str]] = []
+    os.environ["FVOPS_WARN_AFTER_S"] = "0.3"
+    try:
+        with initialized(suffix="a"), check_collectives() if checked else contextlib.nullcontext():
+            import fvops
+
+            group, store = fvops.get_sp_group(), dist.distributed_c10d._get_default_store()
+            group.barrier()
+            for op, (wait, come) in OBJECT_CALLS.items():
+                if group.rank_in_group == 1:
+                    while not store.check([f"warned about {op}"]):
+                        time.sleep(0.01)
+                    come(group)
+                    continue
+                warnings: list[str] = []
+
+                class Handler(logging.Handler):
+                    def emit(self, record: logging.LogRecord, op: str = op, warnings: list[str] = warnings) -> None:
+                        # A warning about the call before may have taken until now.
+                        if f" in {op} on group " in record.getMessage():
+                            warnings.extend([record.getMessage(), _text()])
+                            store.set(f"warned about {op}", "")
+
+                handler = Handler()
+                logging.getLogger("fvops.debug.patience").addHandler(handler)
+                wait(group)
+                logging.getLogger("fvops.debug.patience").removeHandler(handler)
+                told.append((warnings[:2], _text()))
+            group.barrier()
+    finally:
+        del os.environ["FVOPS_WARN_AFTER_S"]
+    return told
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_objects_under_way_are_dumped_and_warned_about(two_ranks: Ranks, checked: bool) -> None:
+    told = two_ranks.run(_stuck_in_objects, checked, initialize=False, deadline_s=100)[0]
+    messages = 0
+    for n, (op, ((warning, during), after)) in enumerate(zip(OBJECT_CALLS, told, strict=True)):
+        messages += op.startswith("recv")
+        # The barrier was the first call of the group.
+        which = f"message 1-0 {messages}" if op.startswith("recv") else f"call {n - messages + 2}"
+        entry = f"{op} on group 'sp:0', {which} (src=1)"
+        assert "rank 0 waits since" in warning
+        assert f"in {entry}, deadline 300 s" in warning
+        assert "place 1 (global rank 1)" in warning
+        (line,) = [line for line in during.splitlines() if ", for " in line]
+        assert line.startswith(f"  {entry}, for ")
+        assert not op.startswith("recv") or line.endswith("; waits for place 1 (global rank 1)")
+        assert [line for line in after.splitlines() if f" ago {entry}, took " in line]
+        assert ", for " not in after
+
+
 def test_importing_fvops_installs_no_handler() -> None:
     code = "import fvops, fvops.debug; print(open('/proc/self/status').read())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +95,29 @@ def test_uninstall_puts_everything_back(stand_in: None, before: bool) -> None:
     assert layers.state.get_sp_group() == "theirs"
     assert layers.through_package()() == "theirs"
     assert importlib.import_module("fastvideo.distributed").get_sp_group() == "theirs"
+
+
+def test_a_name_that_fvops_lacks_is_warned_about(stand_in: None, caplog: pytest.LogCaptureFixture) -> None:
+    layers = _layers()
+    layers.state.frobnicate = type("frobnicate", (), {"__module__": layers.state.__name__})
+    layers.renamed = layers.state.frobnicate
+    target = logging.getLogger(integration.__name__)
+    target.addHandler(caplog.handler)
+    try:
+        integration.install()
+    finally:
+        target.removeHandler(caplog.handler)
+    (text,) = {record.getMessage() for record in caplog.records}
+    assert text.startswith("fastvideo.layers.renamed stays FastVideo's own")
+    assert "fastvideo.distributed.parallel_state is fvops' here" in text
+
+
+def test_what_a_module_took_while_installed_stays_until_it_is_imported_afresh(stand_in: None) -> None:
+    integration.install()
+    layers = _layers()
+    integration.uninstall()
+    assert layers.current is parallel_state.get_sp_group
+    assert importlib.reload(layers).group() == "theirs"
 
 
 def test_groups_that_fastvideo_made_are_not_pulled_away(stand_in: None) -> None:

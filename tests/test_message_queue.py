@@ -112,6 +112,81 @@ def test_ranks_that_disagree_are_told(two_ranks: Ranks) -> None:
         assert "(64, 4, 0), (65, 4, 0)" in text
 
 
+def _over_the_store(leaver: int) -> list[str]:
+    """Places 1 and 2 read over the store; 1 reads nothing for a while, then `leaver` closes its end."""
+    import fvops
+
+    group = fvops.get_sp_group()
+    queue = _queue(chunks=2, far=(1, 2))
+    me = group.rank_in_group
+    texts = []
+    if me == 1:
+        with pytest.raises(TimeoutError) as caught:
+            queue.dequeue(timeout=0.3)
+        texts.append(str(caught.value))
+    group.barrier()
+    if me == 0:
+        queue.enqueue(0)
+        queue.enqueue(1)
+    elif me == 2:
+        assert [queue.dequeue(), queue.dequeue()] == [0, 1]
+    group.barrier()
+    if me == 0:
+        with pytest.raises(TimeoutError) as caught:
+            queue.enqueue("no room", timeout=0.3)
+        texts.append(str(caught.value))
+    group.barrier()
+    if leaver == 1:
+        # A reader that owes nothing more does not hold up the others; one that leaves does, and is named at once.
+        if me == 1:
+            assert queue.dequeue() == 0
+        group.barrier()
+        if me == 0:
+            queue.enqueue(2, timeout=30)
+        group.barrier()
+        if me == 1:
+            time.sleep(0.5)  # so that the writer waits when this closes
+            queue.close()
+    elif me == leaver:
+        time.sleep(0.5)  # so that place 2 waits when this closes
+        queue.close()
+    began = time.monotonic()
+    if me == 0 and leaver == 1:
+        with pytest.raises(RuntimeError) as told:
+            queue.enqueue("no reader", timeout=60)
+        texts.append(str(told.value))
+    elif me == 2 and leaver == 0:
+        # It waits, and is woken.
+        with pytest.raises(RuntimeError) as told:
+            queue.dequeue(timeout=60)
+        texts.append(str(told.value))
+    elif me == 1 and leaver == 0:
+        # What was written before still counts.
+        assert [queue.dequeue(), queue.dequeue()] == [0, 1]
+        with pytest.raises(RuntimeError) as told:
+            queue.dequeue(timeout=60)
+        texts.append(str(told.value))
+    assert time.monotonic() - began < 30
+    group.barrier()
+    queue.close()
+    return texts
+
+
+@pytest.mark.parametrize("leaver", [pytest.param(0, id="writer"), pytest.param(1, id="reader")])
+def test_over_a_store_who_is_late_is_named_and_who_leaves_tells(leaver: int) -> None:
+    writer, first, second = Ranks.get(3).run(_over_the_store, leaver, deadline_s=100)
+    late = "MessageQueue.dequeue on place 1 after 0.3 s: place 0, the writer, has not written message 0"
+    assert first[0].startswith(late)
+    full = "MessageQueue.enqueue on place 0 after 0.3 s: places [1], which read over the store, have not read message 0"
+    assert writer[0] == full
+    if leaver == 1:
+        left = "MessageQueue.enqueue on place 0: places [1], which read over the store, have left the queue"
+        assert writer[1] == left
+    else:
+        for place, text in ((1, first[1]), (2, second[0])):
+            assert text == f"MessageQueue.dequeue on place {place}: place 0, the writer, has left the queue"
+
+
 def _cpu_of_a_wait() -> list[float]:
     import fvops
 

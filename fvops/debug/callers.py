@@ -7,6 +7,7 @@ autograd's own has none at all.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from types import FrameType
@@ -18,6 +19,8 @@ __all__ = ["caller"]
 _FVOPS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _OPS = os.path.join(_FVOPS, "ops") + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+# Between a ``with`` block of fvops' and what it enters.
+_CONTEXTLIB = contextlib.__file__
 _DEEPEST = 400
 
 
@@ -37,7 +40,7 @@ def caller() -> str:
         elif path.startswith(_TORCH):
             if name == "backward" and "_aot_autograd" in path:
                 notes.append("backward")
-        elif not path.startswith("<"):
+        elif path != _CONTEXTLIB and not path.startswith("<"):
             return _with_notes(f"{path}:{frame.f_lineno} in {name}", notes)
         frame = frame.f_back
     return _with_notes("no Python caller (a thread of autograd's)", notes)

@@ -71,6 +71,6 @@ def _ask(entry: Entry) -> str:
     communicator = registry.find(entry.member.group)
     if communicator is None or communicator.member is not entry.member:
         return "its group was destroyed meanwhile"
-    peer = entry.arguments.get("src") if entry.op == "recv" else None
-    expected = range(len(entry.member.ranks)) if peer is None else [peer]
-    return communicator.roll_call.waiting(f"{entry.way} {entry.number}", expected, entry.member.ranks)
+    # A message is counted by both of its ends, which are the only ones that can be in it.
+    expected = range(len(entry.member.ranks)) if entry.way == "collective" else map(int, entry.way.split("-"))
+    return communicator.roll_call.waiting(f"{entry.way} {entry.number}", list(expected), entry.member.ranks)

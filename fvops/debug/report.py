@@ -26,7 +26,11 @@ def waits_for(entry: Entry) -> str:
     communicator = registry.find(entry.member.group)
     if communicator is None or communicator.member is not entry.member:
         return ""
-    places = communicator.transport.waiting_for()
+    if entry.op.endswith(("_object", "_object_list", "_tensor_dict")):
+        # Beside the transport, which may wait for somebody in a call of another thread.
+        places = [entry.arguments["src"]] if entry.op.startswith("recv") else []
+    else:
+        places = list(communicator.transport.waiting_for())
     return (
         "waits for "
         + ", ".join(f"place {place} (global rank {entry.member.ranks[place]})" for place in sorted(set(places)))

@@ -6,7 +6,8 @@ device can do better; the ops and the groups never look below this interface.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -315,20 +316,23 @@ class DeviceCommunicatorBase:
         finally:
             journal.finish(noted, not well)
 
-    def compare_objects(self, op: str, peer: int | None, sends: bool, arguments: dict[str, Any]) -> str:
-        """Under `check_collectives`, compare a call that moves objects to or from place `peer` (None: among all).
-
-        Returns:
-            what its ranks call it in a roll call.
-        """
+    @contextlib.contextmanager
+    def noting_objects(self, op: str, arguments: dict[str, Any]) -> Iterator[str]:
+        """Inside, a call that moves objects is under way, `check_collectives` has compared it; its roll call's name."""
+        sends = op.startswith("send")
+        peer = None if op.startswith("broadcast") else arguments["dst" if sends else "src"]
         way = "collective" if peer is None else f"{self.rank}-{peer}" if sends else f"{peer}-{self.rank}"
         self._issued[way] = number = self._issued.get(way, 0) + 1
+        noted, well = journal.begin(self.member, op, way, number, None, arguments), False
         try:
             debug_check.compare_objects(self.member, op, arguments, way, number)
+            yield f"{way} {number}"
+            well = True
         except debug_check.MismatchError as error:
             self.break_with(f"{type(error).__name__} in {op}: {error}")
             raise
-        return f"{way} {number}"
+        finally:
+            journal.finish(noted, not well)
 
     def refuse_if_broken(self, op: str) -> None:
         """RuntimeError when an earlier call failed."""

@@ -98,9 +98,9 @@ class MessageQueue:
         prefix = f"fvops/queue/{writer['key']}"
         if far and place == writer_rank:
             logger.info("message queue: places %s read over the store (%s)", far, why or "another node")
-            remote = _StoreWriter(store_messages.own_client(store, prefix), len(far), max_chunks)
+            remote = _StoreWriter(store_messages.own_client(store, prefix), far, max_chunks)
         elif place in far:
-            remote = _StoreReader(store_messages.own_client(store, prefix), len(far), writer_rank)
+            remote = _StoreReader(store_messages.own_client(store, prefix), place, len(far), writer_rank)
         return MessageQueue(place, writer_rank, end, remote)
 
     def enqueue(self, obj: Any, timeout: float | None = None) -> None:
@@ -197,56 +197,92 @@ class MessageQueue:
 
 
 class _StoreWriter:
-    """The writing side over a store, for `readers` readers: at most `most` messages wait there."""
+    """The writing side over a store, for the places `readers`: at most `most` messages wait there."""
 
-    def __init__(self, store: Any, readers: int, most: int) -> None:
+    def __init__(self, store: Any, readers: list[int], most: int) -> None:
         self._store, self._readers, self._most = store, readers, most
         self._count = 0
 
     def wait_for_room(self, until: float) -> None:
         oldest = self._count - self._most
-        if oldest >= 0:
-            store_messages.wait_for(self._store, [f"{oldest}/done"], max(0.001, until - time.monotonic()))
+        if oldest < 0:
+            return
+        done = [_done(oldest, place) for place in self._readers]
+        try:
+            store_messages.wait_for(self._store, done, max(0.001, until - time.monotonic()))
+        except store_messages.StoreTimeout as error:
+            late = [place for place in self._readers if _done(oldest, place) in error.keys]
+            raise TimeoutError(f"places {late}, which read over the store, have not read message {oldest}") from error
+        # A reader that leaves says so, and then that it is done with the message that it reads no more.
+        if self._store.check(["left"]):
+            gone = [place for place in self._readers if _left_at(self._store, f"left/{place}", oldest)]
+            if gone:
+                raise RuntimeError(f"places {gone}, which read over the store, have left the queue")
 
     def write(self, data: bytes | bytearray, until: float) -> None:
         if self._count >= self._most:
-            store_messages.delete(self._store, [f"{self._count - self._most}/done"])
+            store_messages.delete(self._store, [_done(self._count - self._most, place) for place in self._readers])
         store_messages.put(self._store, str(self._count), data)
         self._count += 1
 
     def close(self) -> None:
-        try:
-            self._store.set("left", "")
-        except RuntimeError as error:  # the server ended first, and the readers' wait with it
-            logger.info("message queue: the readers could not be told that it is closed: %s", error)
+        _leave(self._store, "left for good", self._count, f"{self._count}/0")
 
 
 class _StoreReader:
-    """The reading side over a store, one of `readers`; the last to have read a message removes it."""
+    """Place `place` of the `readers` that read over a store; the last to have read a message removes it."""
 
-    def __init__(self, store: Any, readers: int, writer: int) -> None:
-        self._store, self._readers, self._writer = store, readers, writer
+    def __init__(self, store: Any, place: int, readers: int, writer: int) -> None:
+        self._store, self._place, self._readers, self._writer = store, place, readers, writer
         self._count = 0
 
     def wait_for_chunk(self, until: float) -> None:
-        try:
+        with self._naming():
             store_messages.wait_for(self._store, [f"{self._count}/0"], max(0.001, until - time.monotonic()))
-        except store_messages.StoreTimeout:
-            if self._store.check(["left"]):
-                raise RuntimeError(f"place {self._writer} has left the queue") from None
-            raise
+        if _left_at(self._store, "left for good", self._count):
+            raise RuntimeError(f"place {self._writer}, the writer, has left the queue")
 
     def read(self, until: float) -> bytearray:
-        data, names = store_messages.take(self._store, str(self._count), max(0.001, until - time.monotonic()))
+        with self._naming():
+            data, names = store_messages.take(self._store, str(self._count), max(0.001, until - time.monotonic()))
         read = f"{self._count}/read"
         if self._store.add(read, 1) == self._readers:
             store_messages.delete(self._store, [*names, read])
-            self._store.set(f"{self._count}/done", "")
+        self._store.set(_done(self._count, self._place), "")
         self._count += 1
         return data
 
     def close(self) -> None:
-        """Nothing is held."""
+        _leave(self._store, f"left/{self._place}", self._count, "left", _done(self._count, self._place))
+
+    @contextlib.contextmanager
+    def _naming(self) -> Any:
+        try:
+            yield
+        except store_messages.StoreTimeout as error:
+            raise TimeoutError(
+                f"place {self._writer}, the writer, has not written message {self._count} (read over the store)"
+            ) from error
+
+
+def _done(count: int, place: int) -> str:
+    """Where `place` says that it has read message number `count`."""
+    return f"{count}/done/{place}"
+
+
+def _leave(store: Any, key: str, count: int, *then: str) -> None:
+    """Say under `key` that this end takes part in message `count` no more, then wake who waits for one of `then`."""
+    try:
+        store.set(key, str(count))
+        for other in then:
+            store.set(other, "")
+    except RuntimeError as error:  # the server ended first, and the other ends' wait with it
+        logger.info("message queue: the other ends could not be told that this one is closed: %s", error)
+
+
+def _left_at(store: Any, key: str, count: int) -> bool:
+    """Has who leaves under `key` left before message `count`?"""
+    return bool(store.check([key])) and int(store.get(key)) <= count
 
 
 def _deadline(timeout: float | None) -> tuple[float, float]:

@@ -10,7 +10,11 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from fvops.logger import init_logger
+
 __all__ = ["install", "uninstall"]
+
+logger = init_logger(__name__)
 
 _PACKAGE = "fastvideo.distributed"
 _DEVICE = "device_communicators"
@@ -86,8 +90,8 @@ def install() -> None:
     """Have ``import fastvideo.distributed``, now and later, give fvops. Harmless when repeated.
 
     May be called before FastVideo is imported or after: names that its modules have taken from
-    ``fastvideo.distributed`` already are replaced in them. FastVideo's fused all-to-all (``ulysses_a2a``) has no
-    counterpart: importing it raises ImportError.
+    ``fastvideo.distributed`` already are replaced in them; one that fvops lacks stays FastVideo's, with a warning.
+    FastVideo's fused all-to-all (``ulysses_a2a``) has no counterpart: importing it raises ImportError.
 
     Raises:
         RuntimeError: FastVideo has made process groups of its own already.
@@ -109,7 +113,11 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Undo `install`: FastVideo's own modules are back, in ``sys.modules`` and wherever names had been replaced."""
+    """Undo `install`: FastVideo's own modules are back, in ``sys.modules`` and wherever `install` replaced names.
+
+    Not undone: what modules took from ``fastvideo.distributed`` while it was fvops, by being imported then or by an
+    import inside a function that keeps the result. They go on with fvops until they are imported afresh.
+    """
     global _installation
     if _installation is None:
         return
@@ -135,17 +143,28 @@ def _rebind(installation: _Installation) -> None:
         if not name.startswith("fastvideo") or isinstance(module, _Alias) or module is None:
             continue
         for attribute, theirs in list(vars(module).items()):
-            ours = _ours(installation, theirs)
-            if ours is not None:
-                setattr(module, attribute, ours)
-                installation.bindings.append((module, attribute, theirs, ours))
+            home = _home(installation, theirs)
+            if home is None:
+                continue
+            ours = home if isinstance(theirs, ModuleType) else getattr(home, getattr(theirs, "__qualname__", ""), None)
+            if ours is None:
+                logger.warning(
+                    "%s.%s stays FastVideo's own and knows nothing of fvops' groups: %s is fvops' here, which lacks it",
+                    name,
+                    attribute,
+                    home.__name__,
+                )
+                continue
+            setattr(module, attribute, ours)
+            installation.bindings.append((module, attribute, theirs, ours))
 
 
-def _ours(installation: _Installation, theirs: Any) -> Any | None:
+def _home(installation: _Installation, theirs: Any) -> ModuleType | None:
+    """Ours of the module of the old ``distributed`` that `theirs` is, or comes from; None for anything else."""
     if isinstance(theirs, ModuleType):
         known = installation.modules.get(theirs.__name__) is theirs and theirs.__name__ in _TARGETS
         return importlib.import_module(theirs.__name__) if known else None
     home = getattr(theirs, "__module__", None)
     if not isinstance(home, str) or home not in installation.modules or home not in _TARGETS:
         return None
-    return getattr(importlib.import_module(home), getattr(theirs, "__qualname__", ""), None)
+    return importlib.import_module(home)
