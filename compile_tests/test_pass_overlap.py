@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 import fvops
 from compile_tests.pass_programs import OVERLAPPED, PROGRAMS, Issued, compare_with_eager, example
 from fvops.debug import record_collectives
+from fvops.graph_report import planned_groups
 from tests.harness import Ranks
 
 OVERLAP = {"overlap": True}
@@ -71,6 +73,10 @@ def _kernels(name: str, switches: dict[str, Any], inductor: dict[str, Any]) -> l
     options = {**fvops.compiler.options(**switches), **inductor}
     compiled = torch.compile(PROGRAMS[name], fullgraph=True, options=options)
     _, (code,) = run_and_get_code(compiled, example())
+    return _calls_in(code)
+
+
+def _calls_in(code: str) -> list[str]:
     calls = re.findall(r"^ *(?:buf\d+ = )?(?:torch\.ops\.|extern_kernels\.)([\w.]+)\(", code, re.MULTILINE)
     return [call.removesuffix(".default") for call in calls]
 
@@ -78,6 +84,42 @@ def _kernels(name: str, switches: dict[str, Any], inductor: dict[str, Any]) -> l
 def test_one_branch_is_projected_while_the_other_travels(two_ranks: Ranks) -> None:
     for kernels in two_ranks.run(_kernels, "two branches", OVERLAP, {}, deadline_s=200):
         assert kernels == [_START, _START, "mm", _WAIT, "mm", _WAIT, "mm"]
+
+
+def _linear_of_received(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(fvops.get_sp_group().all_to_all_4D(x.sin(), 2, 1).flatten(0, 2), weight, bias).cos()
+
+
+@pytest.mark.parametrize(("layout", "op"), [("exchange", "all_to_all_4D"), ("fused", "all_to_all_4D_packed")])
+def test_a_backward_graph_is_split_too(layout: str, op: str) -> None:
+    """The gradient of what was received travels while the weight's is computed, which autograd puts before it.
+
+    In Inductor's schedule, which is the order of the code; nothing stands beside the exchange in forward.
+    """
+    with torch.device("meta"):
+        inputs = [torch.empty(size, requires_grad=True) for size in ((1, 4, 16, 5), (7, 5), (7,))]
+    with planned_groups(sp_size=2), fvops.compiler.enable(**OVERLAP, layout=layout):
+        report = fvops.report(_linear_of_received, *inputs, backward=True)
+    looked_at = ("mm", "addmm", op, "all_to_all_4D_start", "all_to_all_4D_wait")
+    names = [[kernel.op.split("::")[-1] for kernel in graph.kernels] for graph in report.graphs]
+    forward, backward = ([name for name in kernels if name in looked_at] for kernels in names)
+    assert forward == [op, "addmm"]
+    assert backward == ["mm", "all_to_all_4D_start", "mm", "all_to_all_4D_wait"]
+
+
+def _training_code() -> list[list[str]]:
+    """The kernels of the generated code of forward and of backward."""
+    x = example().requires_grad_()
+    weight, bias = (torch.rand(size, dtype=x.dtype, requires_grad=True) for size in ((7, 5), (7,)))
+    compiled = torch.compile(_linear_of_received, fullgraph=True, options=fvops.compiler.options(**OVERLAP))
+    _, codes = run_and_get_code(lambda: compiled(x, weight, bias).sum().backward())
+    return [_calls_in(code) for code in codes]
+
+
+@pytest.mark.slow  # the same as above, at real ranks
+def test_a_backward_graph_s_code_is_split(two_ranks: Ranks) -> None:
+    for _, backward in two_ranks.run(_training_code, deadline_s=200):
+        assert backward == ["mm", _START, "mm", _WAIT]
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fvops
+from fvops.compiler import pass_log
 from fvops.debug import canonical, record_collectives
 from tests.harness import Ranks, init_fvops
 
@@ -29,18 +30,28 @@ B, S, H, D = 1, 8, 4, 24
 C = H * D
 
 
-class Block(nn.Module):
-    """Attention and a feed-forward part on ``[B, S/P, C]``; alone it is plain attention on ``[B, S, C]``."""
+# Every pass that keeps what is sent in eager's order.
+PASSES: dict[str, Any] = {"layout": "fused", "merge": True, "overlap": True, "absorb": True}
 
-    def __init__(self, alone: bool) -> None:
+
+class Block(nn.Module):
+    """Attention and a feed-forward part on ``[B, S/P, C]``; alone it is plain attention on ``[B, S, C]``.
+
+    Args:
+        apart: exchange q, k and v one by one, for the passes to merge.
+    """
+
+    def __init__(self, alone: bool, apart: bool) -> None:
         super().__init__()
-        self.alone = alone
+        self.alone, self.apart = alone, apart
         self.norm, self.qkv, self.out = nn.LayerNorm(C), nn.Linear(C, 3 * C), nn.Linear(C, C)
         self.ffn = nn.Sequential(nn.Linear(C, 2 * C), nn.GELU(), nn.Linear(2 * C, C))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.unflatten(2, (H, D)) for part in self.qkv(self.norm(x)).chunk(3, dim=2))
-        if not self.alone:
+        if self.apart:
+            q, k, v = (fvops.sequence_model_parallel_all_to_all_4D(y, 2, 1) for y in (q, k, v))
+        elif not self.alone:
             q, k, v = fvops.get_sp_group().all_to_all_4D_coalesced([q, k, v])
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
         if not self.alone:
@@ -52,11 +63,11 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Whole sequences in and out on every rank."""
 
-    def __init__(self, alone: bool) -> None:
+    def __init__(self, alone: bool, apart: bool) -> None:
         super().__init__()
         self.alone = alone
         self.embed, self.project = nn.Linear(C, C), nn.Linear(C, C)
-        self.blocks = nn.ModuleList([Block(alone) for _ in range(2)])
+        self.blocks = nn.ModuleList([Block(alone, apart) for _ in range(2)])
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
@@ -68,9 +79,9 @@ class Model(nn.Module):
         return x if self.alone else fvops.sequence_model_parallel_all_gather_with_unpad(x, length, dim=1)
 
 
-def _model(alone: bool) -> Model:
+def _model(alone: bool, apart: bool = False) -> Model:
     torch.manual_seed(5)
-    return Model(alone).double()
+    return Model(alone, apart).double()
 
 
 def _batch(number: int) -> tuple[Tensor, Tensor]:
@@ -88,49 +99,62 @@ def _expected(batches: int) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def _with_ddp(model: Model, compiled: bool) -> nn.Module:
+# What a model is compiled with; None: it is left in eager.
+Options = dict[str, Any] | None
+
+
+def _with_ddp(model: Model, options: Options) -> nn.Module:
     # Two buckets: two graphs under Dynamo's DDPOptimizer, with exchanges in both.
     wrapped = DistributedDataParallel(model, process_group=dist.group.WORLD, bucket_cap_mb=1)
-    return torch.compile(wrapped) if compiled else wrapped
+    return wrapped if options is None else torch.compile(wrapped, options=options)
 
 
-def _with_ddp_in_one_graph(model: Model, compiled: bool) -> nn.Module:
-    if compiled:
-        model.compile(fullgraph=True)
+def _with_ddp_in_one_graph(model: Model, options: Options) -> nn.Module:
+    if options is not None:
+        model.compile(fullgraph=True, options=options)
     return DistributedDataParallel(model, process_group=dist.group.WORLD)
 
 
-def _with_fsdp(model: Model, compiled: bool) -> nn.Module:
+def _with_fsdp(model: Model, options: Options) -> nn.Module:
     mesh = DeviceMesh("cpu", list(range(dist.get_world_size())))
     for block in model.blocks:
-        if compiled:
-            block.compile(fullgraph=True)
+        if options is not None:
+            block.compile(fullgraph=True, options=options)
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
-WAYS: dict[str, Callable[[Model, bool], nn.Module]] = {
+WAYS: dict[str, Callable[[Model, Options], nn.Module]] = {
     "ddp": _with_ddp,
     "ddp_one_graph": _with_ddp_in_one_graph,
     "fsdp2": _with_fsdp,
 }
 
 
-def _train(way: str, sp_size: int) -> dict[str, Any]:
-    """Two steps eager and compiled; what each sent, and how far its gradients are from one rank's."""
+def _train(
+    way: str, sp_size: int, passes: dict[str, Any] | None = None, inductor: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Two steps eager and compiled; what each sent, and how far its gradients are from one rank's.
+
+    Args:
+        passes: arguments of `fvops.compiler.options`; None: the defaults, and q, k and v go in one call in eager too.
+        inductor: more of Inductor's options.
+    """
     fvops.cleanup_dist_env_and_memory()
     init_fvops(sp_size=sp_size, suffix="-train")
     batches = fvops.get_world_size() // sp_size
     expected = _expected(batches)
     x, target = _batch(fvops.get_world_rank() // sp_size)
     found: dict[str, Any] = {}
-    for compiled in (False, True):
+    options = {**(fvops.compiler.options(**passes) if passes else {}), **(inductor or {})}
+    for chosen in (None, options):
         torch._dynamo.reset()
-        model = WAYS[way](_model(alone=False), compiled)
+        model = WAYS[way](_model(alone=False, apart=passes is not None), chosen)
         for _step in range(2):
             model.zero_grad()
-            with record_collectives() as records:
+            with record_collectives() as records, pass_log() as notes:
                 F.mse_loss(model(x), target).backward()
+            found.setdefault("passes", set()).update(note.name for note in notes)
             # A second step with other gradients than the first would show a graph that keeps state.
             found.setdefault("sent", []).append(canonical(records))
             found.setdefault("errors", []).append(_largest_error(model, expected))
@@ -153,18 +177,23 @@ def _largest_error(model: nn.Module, expected: dict[str, Tensor]) -> float:
     return max(errors)
 
 
-def _check(found: list[dict[str, Any]]) -> None:
+def _check(found: list[dict[str, Any]], passes: dict[str, Any] | None = None) -> None:
     # A block sends q, k, v and the output and back; the gather at the end and the shard's gradient at the beginning.
-    group, block = "sp:0", ["all_to_all_4D_coalesced", "all_to_all_4D"]
-    forward = [*block, *block, "all_gather"]
-    backward = ["reduce_scatter", *block[::-1], *block[::-1], "all_gather"]
+    group, merged = "sp:0", ["all_to_all_4D_coalesced", "all_to_all_4D"]
+    # Of all ranks together: one that finds its peer's graph in the cache does not tell.
+    told = set().union(*(one["passes"] for one in found))
+    assert told == ({"layout", "merge", "overlap", "absorb"} if passes else set())
     for rank, one in enumerate(found):
         assert one["graphs"] >= 1, f"rank {rank} has compiled nothing"
         for step, (sent, error) in enumerate(zip(one["sent"], one["errors"], strict=True)):
             where = f"rank {rank}, {'eager' if step < 2 else 'compiled'} step {step % 2}"
+            block = ["all_to_all_4D"] * 4 if passes and step < 2 else merged
+            forward = [*block, *block, "all_gather"]
+            backward = ["reduce_scatter", *block[::-1], *block[::-1], "all_gather"]
             assert [op for _, op, _ in sent] == forward + backward, where
             assert {name for name, _, _ in sent} == {group}, where
-            assert sent == one["sent"][0], where
+            assert sent == one["sent"][step - step % 2 if passes else 0], where
+            assert sum(nbytes for _, _, nbytes in sent) == sum(nbytes for _, _, nbytes in one["sent"][0]), where
             assert error < 1e-12, where
 
 
@@ -174,7 +203,20 @@ def test_two_ranks_share_a_sequence(way: str) -> None:
     _check(Ranks.get(2).run(_train, way, 2, deadline_s=400))
 
 
+def test_with_the_passes_on() -> None:
+    """The passes on, forward and backward; what lies between exchanges runs as aten calls, which compile fast."""
+    aten_between = {"fallback_by_default": True}
+    _check(Ranks.get(2).run(_train, "fsdp2", 2, PASSES, aten_between, deadline_s=400), PASSES)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_two_sequences_over_four_ranks(way: str) -> None:
-    _check(Ranks.get(4).run(_train, way, 2, deadline_s=900))
+def test_with_the_passes_on_and_kernels_between(way: str) -> None:
+    _check(Ranks.get(2).run(_train, way, 2, PASSES, deadline_s=400), PASSES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("passes", [None, PASSES], ids=["defaults", "passes"])
+@pytest.mark.parametrize("way", WAYS)
+def test_two_sequences_over_four_ranks(way: str, passes: dict[str, Any] | None) -> None:
+    _check(Ranks.get(4).run(_train, way, 2, passes, deadline_s=900), passes)

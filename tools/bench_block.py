@@ -89,14 +89,14 @@ def _counts(report: Report, copies: _Copies) -> dict[str, int]:
         "graphs": len(report.graphs),
         "exchanges": len(exchanges),
         "layout kernels": len(kernels),
-        "of them next to no product or attention": sum(not _beside_product(kernel) for kernel in kernels),
+        "of them next to no product or attention": sum(not beside_product(kernel) for kernel in kernels),
         "uncompiled copies": copies.count,
         "bytes copied": sum(kernel.nbytes for kernel in kernels) + copies.nbytes,
         "bytes sent": sum(one.sent_bytes for one in exchanges),
     }
 
 
-def _beside_product(kernel: Kernel) -> bool:
+def beside_product(kernel: Kernel) -> bool:
     names = [name.rsplit("::", 1)[-1] for name in kernel.beside]
     return any(name in _GEMM or "scaled_dot_product" in name for name in names)
 

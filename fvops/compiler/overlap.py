@@ -124,7 +124,9 @@ class _Stretch:
         self._exchanges = {call: result for call, result in exchanges.items() if call in number and result in number}
         self._missing = {node: len(self._number.keys() & node.all_input_nodes) for node in nodes}
         self._results = set(self._exchanges.values())
-        # Nodes with all their inputs there: exchanges come first, the others as they were.
+        # Exchanges, and what only packs for them: in backward, autograd puts other products between.
+        self._urgent = self._exchanges.keys() | {node for call in self._exchanges for node in _packing(call)}
+        # Nodes with all their inputs there: urgent ones come first, the others as they were.
         self._ready: list[tuple[bool, int]] = []
         # Exchanges under way, the oldest first.
         self._open: list[Node] = []
@@ -151,7 +153,7 @@ class _Stretch:
     def _make_ready(self, node: Node) -> None:
         # What an exchange gives is not ready before it is waited for.
         if node not in self._results:
-            heapq.heappush(self._ready, (node not in self._exchanges, self._number[node]))
+            heapq.heappush(self._ready, (node not in self._urgent, self._number[node]))
 
     def _exceeds(self, node: Node) -> bool:
         """Would it take more memory than may be held to place `node` now?"""
@@ -189,6 +191,19 @@ class _Stretch:
 def _inputs(call: Node) -> list[Node]:
     tensors: Any = arguments_of(call)[0]
     return list(tensors) if isinstance(tensors, (list, tuple)) else [tensors]
+
+
+def _packing(call: Node) -> list[Node]:
+    """The views and copies between what computes the inputs of `call` and it, where nothing else reads them."""
+    found: list[Node] = []
+    todo = _inputs(call)
+    while todo:
+        node = todo.pop()
+        is_move = node.op == "call_function" and (not _computes(node) or node.target is torch.ops.aten.clone.default)
+        if is_move and len(node.users) == 1:
+            found.append(node)
+            todo.extend(node.all_input_nodes)
+    return found
 
 
 def _held(call: Node) -> int:
