@@ -5,6 +5,7 @@ Counts depend neither on the machine nor on the number of tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -26,6 +27,14 @@ ROWS: dict[str, tuple[list[dict[str, Any]], tuple[int, int], tuple[int, int]]] =
     "fused layout and merge": ([{"layout": "fused", "merge": True}], (2, 2), (4, 5)),
     "defaults": ([], (4, 0), (8, 1)),
 }
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known_of_other_sizes() -> Iterator[None]:
+    """Dynamo takes a size that it has seen change for a symbol, in later tests of this block too."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 def _counts(calls: list[dict[str, Any]], backward: bool) -> tuple[int, int, int, bool]:
