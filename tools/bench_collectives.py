@@ -27,8 +27,14 @@ import torch.multiprocessing as mp
 
 from tools.bench_candidates import FLOOR, STRIDED_FLOOR, candidates
 
-SIZES = {"64 KB": 1 << 16, "0.1 MB": 100_000, "1.6 MB": 1_600_000, "6.3 MB": 6_300_000, "25 MB": 25_000_000}
-LARGEST = {"100 MB": 100_000_000}
+SIZES = {
+    "64 KB": 1 << 16,
+    "0.1 MB": 100_000,
+    "1.6 MB": 1_600_000,
+    "6.3 MB": 6_300_000,
+    "25 MB": 25_000_000,
+    "100 MB": 100_000_000,
+}
 # Calls that follow one another after a barrier: enough that its skew between the ranks is a small part of the time.
 _INNER_SMALL, _INNER_LARGE = 50, 5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -65,7 +71,7 @@ def worker(rank: int, P: int, store: str, options: argparse.Namespace) -> None:
     rows = []
     for dtype in options.dtypes:
         for size in options.sizes:
-            nbytes = {**SIZES, **LARGEST}[size]
+            nbytes = SIZES[size]
             for op, calls in candidates(own, gloo, nbytes, DTYPES[dtype]).items():
                 if options.ops and op not in options.ops:
                     continue
@@ -123,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--ops", nargs="*", default=[], help="e.g. all_to_all_4D 'q, k, v'; default: all")
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES) + list(LARGEST))
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--json")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -115,8 +114,7 @@ class Mover:
             places.segment_bytes,
         )
         segments = tuple(segment.address for segment in watch.segments)
-        crowded = len(segments) > len(os.sched_getaffinity(0))
-        looks = (_FEWEST_LOOKS, _FEWEST_LOOKS if crowded else _MOST_LOOKS // (self._P - 1))
+        looks = (_FEWEST_LOOKS, _FEWEST_LOOKS if watch.crowded else _MOST_LOOKS // (self._P - 1))
         self._handle = module.create(watch.me, counters.address, numbers, segments, *looks)
         self._plans: dict[Any, ExchangePlan | ReductionPlan | None] = {}
 

@@ -56,6 +56,7 @@ class Watch:
 
     Attributes:
         failure: why this rank has given up; empty while all is well.
+        crowded: are there more ranks than cores for them?
         waiting: the places that threads of this rank sleep for at this moment, by thread.
     """
 
@@ -66,7 +67,8 @@ class Watch:
         self.failure = ""
         self.waiting: dict[int, int] = {}
         self._peers = peers
-        self._looks = _MOST_LOOKS if len(segments) <= len(os.sched_getaffinity(0)) else _FEWEST_LOOKS
+        self.crowded = len(segments) > len(os.sched_getaffinity(0))
+        self._looks = _FEWEST_LOOKS if self.crowded else _MOST_LOOKS
 
     def reach(self, segment: Segment, index: int, target: int, place: int) -> None:
         """Wait until the counter at `index` of `segment`, which `place` advances, is at least `target` (modulo 2**32).
