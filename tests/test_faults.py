@@ -51,7 +51,7 @@ def test_make_test_slow_runs_all_cells() -> None:
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What one cell has compiled another finds here: compilation is not what is tested, and took a third of the time."""
+    """What one cell has compiled another finds here: compilation is not what is tested."""
     return str(tmp_path_factory.mktemp("compiled"))
 
 
