@@ -19,7 +19,7 @@ test: $(VENV)/ready
 
 test-slow: $(VENV)/ready
 	@echo "== test-slow: what takes minutes or gigabytes"
-	FVOPS_RANDOM_PROGRAMS=$${FVOPS_RANDOM_PROGRAMS:-200} $(BIN)/python -m pytest -m slow --durations=10
+	FVOPS_RANDOM_PROGRAMS=$${FVOPS_RANDOM_PROGRAMS:-200} $(BIN)/python -m pytest -m "slow or fault" --durations=10
 
 # The wheel's name carries a CUDA version, but nothing here needs CUDA; --no-deps keeps its packages away.
 NCCL := build/nccl/nvidia/nccl/lib/libnccl.so.2
@@ -41,8 +41,8 @@ test-transports: $(VENV)/ready
 	FVOPS_TEST_TRANSPORT=hccl $(BIN)/python -m pytest -m "not slow" $(OP_SUITE)
 
 reliability: $(VENV)/ready
-	@echo "== reliability: all faults of tests/fault_table.py, and the matrix in docs/reliability.md; about an hour"
-	-$(BIN)/python -m pytest --junit-xml=build/faults.xml tests/test_faults.py
+	@echo "== reliability: all faults of tests/fault_table.py, and the matrix in docs/reliability.md"
+	-$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --junit-xml=build/faults.xml tests/test_faults.py
 	$(BIN)/python -m tools.reliability_matrix build/faults.xml
 
 soak: $(VENV)/ready

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.fault_run import DEADLINE_S, suffer
-from tests.fault_table import QUICK, Cell, cells
+from tests.fault_table import FAULTS, MODES, QUICK, TRANSPORTS, WORLDS, Cell, cells
 from tests.harness import RankFailure, Ranks
 
 # Over the deadline: the roll call's two seconds, and a machine that is busy with four ranks on two cores.
@@ -18,10 +18,41 @@ _LEEWAY_S = 10.0
 
 
 def _parameters() -> list[object]:
-    found = [pytest.param(cell, id=str(cell), marks=() if str(cell) in QUICK else pytest.mark.slow) for cell in cells()]
-    unknown = QUICK - {str(cell) for cell in cells()}
-    assert not unknown, f"there are no such cells: {unknown}"
-    return list(found)
+    """All cells: `make test-slow` asks for those marked `fault`, `make test` for those not marked `slow`."""
+    slow = {False: [pytest.mark.fault], True: [pytest.mark.fault, pytest.mark.slow]}
+    return [pytest.param(cell, id=str(cell), marks=slow[str(cell) not in QUICK]) for cell in cells()]
+
+
+def test_the_quick_cells_are_a_representative_tenth() -> None:
+    everything = {str(cell): cell for cell in cells()}
+    quick = [everything[name] for name in QUICK]
+    assert len(everything) / 10 <= len(quick) <= len(everything) / 6
+    assert {cell.fault.name for cell in quick} == {fault.name for fault in FAULTS}
+    columns = {(transport, mode, P) for transport in TRANSPORTS for mode in MODES for P in WORLDS}
+    assert {(cell.transport, cell.mode, cell.world_size) for cell in quick} == columns
+    # Each kind of fault that all transports are put to is met on two of them at least, and at both world sizes.
+    kinds: dict[str, set[tuple[str, int]]] = {}
+    for cell in quick:
+        if cell.fault.transports == TRANSPORTS:
+            kind = "mismatch" if cell.fault.checked else cell.fault.act
+            kinds.setdefault(kind, set()).add((cell.transport, cell.world_size))
+    assert kinds.keys() >= {"kill", "stop", "raise", "late", "mismatch", "destroy", "server"}
+    for kind, met in kinds.items():
+        assert len({transport for transport, _ in met}) >= 2, kind
+        assert {P for _, P in met} == set(WORLDS), kind
+
+
+def test_make_test_slow_runs_all_cells() -> None:
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    recipe = re.search(r"^test-slow:.*\n(?:\t.*\n)+", makefile, re.MULTILINE)
+    assert recipe is not None
+    assert '-m "slow or fault"' in recipe[0]
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What one cell has compiled another finds here: compilation is not what is tested."""
+    return str(tmp_path_factory.mktemp("compiled"))
 
 
 def _free_port() -> int:
@@ -31,17 +62,17 @@ def _free_port() -> int:
 
 
 @pytest.mark.parametrize("cell", _parameters())
-def test_a_fault(cell: Cell, tmp_path: Path) -> None:
+def test_a_fault(cell: Cell, tmp_path: Path, compiled: str) -> None:
     fault, P = cell.fault, cell.world_size
     culprit = fault.culprit(P)
     ranks = Ranks.get(P, cell.transport)
     job = (suffer, fault.name, cell.mode, str(tmp_path), _free_port())
     if fault.dies:
         with pytest.raises(RankFailure, match="exit code -9") as caught:
-            ranks.run(*job, initialize=False, deadline_s=90, grace_s=60)
+            ranks.run(*job, initialize=False, cache=compiled, deadline_s=90, grace_s=60)
         assert "raised" not in str(caught.value).split("--- rank")[0], caught.value
     else:
-        ranks.run(*job, initialize=False, deadline_s=90)
+        ranks.run(*job, initialize=False, cache=compiled, deadline_s=90)
     for rank in range(P):
         if rank == culprit and fault.dies:
             continue
