@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 # Of tests at a time. A test's ranks wait for each other much of the time; two tests keep two cores busy.
 TEST_PROCESSES ?= 2
 
-.PHONY: demo test test-slow test-nccl test-transports reliability soak gpu-check lint bench clean
+.PHONY: demo test test-slow test-nccl test-transports reliability soak gpu-check lint bench bench-block clean
 
 demo: $(VENV)/ready
 	@echo "== demo: a Wan transformer, sequence-parallel on 2 CPU ranks, compiled whole"
@@ -64,6 +64,10 @@ bench: $(VENV)/ready
 	@echo "== bench: what a call costs, all candidates in turn in one run"
 	$(BIN)/python tools/bench_dispatch.py
 	$(BIN)/python -m tools.bench_collectives $(BENCH_ARGS)
+
+bench-block: $(VENV)/ready
+	@echo "== bench-block: a compiled attention block by fvops and by others, and what compiling costs; under 10 minutes"
+	$(BIN)/python -m tools.must_show $(BLOCK_ARGS)
 
 $(VENV)/ready: pyproject.toml constraints.txt $(wildcard fvops/device_communicators/shm/*.[ch])
 	@echo "== creating $(VENV) (once): torch, then fvops with what its tests, demo and benchmarks need"

@@ -1,12 +1,13 @@
 """The counts in docs/performance.md's tables of fvops' own block: on planned ranks, at small sizes.
 
-Counts depend neither on the machine nor on the number of tokens.
+Counts depend neither on the machine nor on the number of tokens. And what `tools/must_show.py` says of figures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ import torch
 
 import fvops
 from fvops.graph_report import planned_groups
-from tools.bench_block import beside_product
+from tools.bench_block import CANDIDATES, beside_product
+from tools.block_tables import goals
+from tools.must_show import in_page, markdown
 from tools.ulysses_blocks import UlyssesBlock
 
 HEADS, HEAD_SIZE, TOKENS = 4, 16, 12
@@ -61,3 +64,71 @@ def test_one_block_s_forward(row: str) -> None:
 def test_forward_and_backward(row: str) -> None:
     calls, _, (exchanges, layouts) = ROWS[row]
     assert _counts(calls, backward=True) == (2, exchanges, layouts, True)
+
+
+def _found() -> dict[str, Any]:
+    """What a run finds where every goal is just met."""
+    counts = {"graphs": 1, "exchanges": 2, "layout kernels": 0, "of them next to no product or attention": 0}
+    row = {**counts, "uncompiled copies": 0, "bytes copied": 0, "bytes sent": 6_291_456, "difference": 1e-7}
+    times = {"ms": 20.0, "all ms": [18.0, 20.0, 31.0]}
+    rows = {name: {**row, **times} for name in CANDIDATES}
+    rows["fvops, fused layout and merge"]["layout kernels"] = 2
+    rows["diffusers"]["ms"] = 25.0
+    # 11 over 10 in the middle, whatever a single round says.
+    compiled = {"alone cold": [10.0, 9.0, 11.0], "enabled cold": [11.0, 12.0, 10.5], "enabled warm": [2.7, 2.0, 2.8]}
+    arguments = {"ranks": 2, "rounds": 3, "layers": 2, "compile_rounds": 9}
+    facts = {"date": "today", "minutes": 1.0, "commit": "abc", "machine": "2 cores", "load before": 0.0}
+    return {**facts, "arguments": arguments, "block": {"forward, 64 tokens": rows}, "compile": compiled}
+
+
+def test_goals_that_are_just_met() -> None:
+    found = _found()
+    assert all(goal.met for goal in goals(found["block"], found["compile"]))
+    text = markdown(found)
+    assert "MISSED" not in text
+    assert "2 blocks, 3 rounds" in text
+    cells = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in text.splitlines()
+        if line.startswith("|")
+    }
+    assert cells["diffusers"][1:3] == ["2", "0"]
+    assert cells["diffusers"][-3:] == ["6.29", "25 (18 to 31)", "1.25 x"]
+    assert cells["fvops, fused layout and merge"][2] == "2, next to a GEMM or SDPA"
+    assert cells["sequence-parallel, `enable()`"][:2] == ["11.0 (10.5 to 12.0)", "1.100 (0.955 to 1.333)"]
+
+
+@pytest.mark.parametrize(
+    ("change", "missed"),
+    [
+        (lambda found, rows: rows["fvops, enable()"].update(exchanges=4), "`enable()`, forward: 2 exchanges"),
+        (lambda found, rows: rows["fvops, enable(), fused layout"].update({"layout kernels": 1}), "(absorb)"),
+        (
+            lambda found, rows: rows["fvops, fused layout and merge"].update(
+                {"of them next to no product or attention": 1}
+            ),
+            "but next to a GEMM or SDPA",
+        ),
+        (lambda found, rows: found["compile"].update({"alone cold": [9.9] * 3}), "at most 1.10 x"),
+        (lambda found, rows: found["compile"].update({"enabled warm": [2.75] * 3}), "under 0.25 of cold"),
+    ],
+    ids=["exchanges", "layout kernels", "elsewhere", "compile time", "warm start"],
+)
+def test_a_goal_that_is_missed(change: Any, missed: str) -> None:
+    found = _found()
+    change(found, found["block"]["forward, 64 tokens"])
+    [goal] = [goal for goal in goals(found["block"], found["compile"]) if not goal.met]
+    assert missed in goal.what
+    assert markdown(found).count("MISSED") == 1
+
+
+def test_where_the_page_takes_the_tables() -> None:
+    page = (Path(__file__).parents[1] / "docs/performance.md").read_text()
+    once = in_page(page, "ONE RUN")
+    twice = in_page(once, "ANOTHER RUN")
+    assert "ONE RUN" in once
+    assert twice == once.replace("ONE RUN", "ANOTHER RUN")
+    before = page.index("<!-- must show")
+    assert (once[:before], once[-200:]) == (page[:before], page[-200:])
+    with pytest.raises(ValueError, match="needs the lines"):
+        in_page("no marks", "a run")

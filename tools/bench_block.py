@@ -1,11 +1,12 @@
 """One Ulysses attention block, compiled, by fvops and by what others use: counts, bytes and times in one run.
 
-    python -m tools.bench_block [--tokens 4096] [--train-tokens 2048] [--rounds 5] [--json FILE]
+    python -m tools.bench_block [--tokens 2048] [--train-tokens 1024] [--rounds 9] [--json FILE]
 
-Wan 2.1 1.3B's width (12 heads of 128), float32, CPU ranks with one thread each. Counts are `fvops.report`'s and do not
-depend on the machine. For each candidate: graphs; exchanges; layout kernels, and how many of them stand next to neither
-a matrix product nor attention; copies that run uncompiled; bytes that these kernels and copies read and write, and
-that a rank sends. Times are medians over rounds in which all candidates run in turn, of the slowest rank.
+Wan 2.1 1.3B's width (12 heads of 128), float32, CPU ranks with one thread each. All counts are counted, none is written
+down here: graphs, layout kernels, how many of these stand next to neither a matrix product nor attention, and the
+bytes that they read and write are `fvops.report`'s, of the compiled graphs; exchanges and the bytes that a rank sends
+are those that one step issues; copies that run uncompiled are counted as that part runs. Times are of the slowest
+rank, in rounds in which all candidates run in turn. `tools/must_show.py` runs this and the compile times.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import tempfile
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -26,20 +29,24 @@ import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fvops
+from fvops.debug import record_collectives
 from fvops.graph_report import Kernel, Report
-from tools.bench_collectives import measure
+from tools.bench_collectives import measured_rounds
+from tools.block_tables import tables
 from tools.ulysses_blocks import DiffusersBlock, UlyssesBlock, UpstreamBlock
 
-__all__ = ["main"]
+__all__ = ["CANDIDATES", "add_arguments", "beside_product", "check_arguments", "main", "measured"]
 
+# Results of the candidates may differ in the last digits only.
+_TOLERANCE = 1e-3
 _HEADS, _HEAD_SIZE = 12, 128
-# name -> (block, switches)
 _ALL: dict[str, Any] = {"merge": True, "cancel": True, "absorb": True, "overlap": True}
-_CANDIDATES: dict[str, tuple[type[UlyssesBlock], dict[str, Any]]] = {
-    "fvops, enable(), fused": (UlyssesBlock, {**_ALL, "layout": "fused"}),
-    "fvops, fused, no overlap": (UlyssesBlock, {**_ALL, "layout": "fused", "overlap": False}),
-    "fvops, fused, merge only": (UlyssesBlock, {"layout": "fused", "merge": True}),
+# name -> (block, switches). The first one is what the others are compared with.
+CANDIDATES: dict[str, tuple[type[UlyssesBlock], dict[str, Any]]] = {
     "fvops, enable()": (UlyssesBlock, _ALL),
+    "fvops, enable(), fused layout": (UlyssesBlock, {**_ALL, "layout": "fused"}),
+    "fvops, the same, no overlap": (UlyssesBlock, {**_ALL, "layout": "fused", "overlap": False}),
+    "fvops, fused layout and merge": (UlyssesBlock, {"layout": "fused", "merge": True}),
     "fvops, defaults": (UlyssesBlock, {}),
     "diffusers": (DiffusersBlock, {}),
     "FastVideo's layer": (UpstreamBlock, {}),
@@ -81,19 +88,42 @@ def _step(block: Any, inputs: list[torch.Tensor], train: bool) -> Callable[[], A
     return forward_and_backward if train else forward
 
 
-def _counts(report: Report, copies: _Copies) -> dict[str, int]:
-    """What the table shows of one candidate."""
+def _counts(report: Report, copies: _Copies, issued: list[int]) -> dict[str, int]:
+    """What the table shows of one candidate.
+
+    Args:
+        issued: bytes sent by each exchange of one step.
+    """
     kernels = report.layout_kernels
-    exchanges = [one for one in report.collectives if "all_to_all" in one.op]
     return {
         "graphs": len(report.graphs),
-        "exchanges": len(exchanges),
+        "exchanges": len(issued),
         "layout kernels": len(kernels),
         "of them next to no product or attention": sum(not beside_product(kernel) for kernel in kernels),
         "uncompiled copies": copies.count,
         "bytes copied": sum(kernel.nbytes for kernel in kernels) + copies.nbytes,
-        "bytes sent": sum(one.sent_bytes for one in exchanges),
+        "bytes sent": sum(issued),
     }
+
+
+def _issued(step: Callable[[], Any], P: int) -> list[int]:
+    """Bytes that leave this rank in each exchange of one step: fvops', or those over a process group of torch.
+
+    Raises:
+        RuntimeError: the step issues exchanges of both kinds, or none.
+    """
+    with record_collectives() as records, torch.profiler.profile(record_shapes=True) as profile:
+        step()
+    own = [record.nbytes for record in records if record.op.startswith("all_to_all")]
+    # The op's arguments: what is received, what is sent.
+    torchs = [
+        math.prod(event.input_shapes[1]) * torch.float32.itemsize
+        for event in profile.events() or ()
+        if event.name == "c10d::alltoall_base_"
+    ]
+    if bool(own) == bool(torchs):
+        raise RuntimeError(f"bench_block: fvops issued {len(own)} exchanges and torch {len(torchs)}; one must be 0")
+    return [nbytes * (P - 1) // P for nbytes in own or torchs]
 
 
 def beside_product(kernel: Kernel) -> bool:
@@ -108,14 +138,14 @@ def _switched(switches: dict[str, Any]) -> Iterator[None]:
 
 
 def _bench(tokens: int, train: bool, rounds: int) -> dict[str, dict[str, Any]]:
-    """For each candidate counts, milliseconds, and the largest difference from the first one's result."""
+    """For each candidate counts, milliseconds, and the largest difference from the first one's results."""
     P = fvops.get_sp_world_size()
     generator = torch.Generator().manual_seed(fvops.get_sp_group().rank_in_group)
     found: dict[str, dict[str, Any]] = {}
     steps: dict[str, Callable[[], Any]] = {}
-    results: dict[str, torch.Tensor] = {}
+    results: dict[str, list[torch.Tensor]] = {}
     inputs: list[torch.Tensor] = []
-    for name, (kind, switches) in _CANDIDATES.items():
+    for name, (kind, switches) in CANDIDATES.items():
         torch.manual_seed(0)
         block = kind(_HEADS, _HEAD_SIZE)
         if not inputs:
@@ -124,20 +154,28 @@ def _bench(tokens: int, train: bool, rounds: int) -> dict[str, dict[str, Any]]:
         with _switched(switches):
             report = fvops.report(block, *inputs, backward=train)
             steps[name] = _step(block, inputs, train)
-            results[name] = steps[name]()[0].detach() if train else steps[name]()
+            result = steps[name]()
+        results[name] = [tensor.detach() for tensor in (result if train else [result])]
         with _Copies() as copies:
             # The uncompiled part alone; what is compiled is in the report.
             if kind is UpstreamBlock:
                 _uncompiled_part(block, inputs, train)
-        found[name] = _counts(report, copies)
-        if kind is not UlyssesBlock:
-            found[name]["exchanges"], found[name]["bytes sent"] = _by_hand(kind, inputs[0], P, train)
+        found[name] = _counts(report, copies, _issued(steps[name], P))
+        if kind is UlyssesBlock and found[name]["exchanges"] != len(report.collectives):
+            raise RuntimeError(f"bench_block: {name}: {found[name]['exchanges']} exchanges ran, not as in the report")
     first = next(iter(results.values()))
-    milliseconds = {name: seconds * 1e3 for name, seconds in measure(steps, rounds, 1).items()}
-    for name, row in found.items():
-        row["ms"] = milliseconds[name]
-        row["difference"] = float((results[name] - first).abs().max() / first.abs().max())
+    for name, seconds in measured_rounds(steps, rounds, 1).items():
+        row = found[name]
+        row["ms"] = median(seconds) * 1e3
+        row["all ms"] = [round(one * 1e3, 3) for one in seconds]
+        row["difference"] = max(map(_difference, results[name], first))
+        if row["difference"] > _TOLERANCE:
+            raise RuntimeError(f"bench_block: {name} differs from the first candidate by {row['difference']:.2g}")
     return found
+
+
+def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max())
 
 
 def _uncompiled_part(block: UlyssesBlock, inputs: list[torch.Tensor], train: bool) -> None:
@@ -146,12 +184,6 @@ def _uncompiled_part(block: UlyssesBlock, inputs: list[torch.Tensor], train: boo
     out = block.exchange_and_attend(q, k, v)
     if train:
         torch.autograd.grad(out, (q, k, v), torch.randn(size))
-
-
-def _by_hand(kind: type[UlyssesBlock], x: torch.Tensor, P: int, train: bool) -> tuple[int, int]:
-    """Exchanges and bytes sent where graphs do not hold all: q, k and v, in one exchange or three, and the result."""
-    ways = 2 if train else 1
-    return (2 if kind is UpstreamBlock else 4) * ways, 4 * x.nbytes * (P - 1) // P * ways
 
 
 def _worker(rank: int, P: int, store: str, options: argparse.Namespace) -> None:
@@ -163,6 +195,8 @@ def _worker(rank: int, P: int, store: str, options: argparse.Namespace) -> None:
     found = {}
     for what, tokens in (("forward", options.tokens), ("forward and backward", options.train_tokens)):
         if tokens:
+            # A number of tokens that changes within a process becomes a symbol, and other kernels come of it.
+            torch._dynamo.reset()
             found[f"{what}, {tokens} tokens"] = _bench(tokens, what != "forward", options.rounds)
     if rank == 0:
         Path(store + ".json").write_text(json.dumps(found))
@@ -170,40 +204,43 @@ def _worker(rank: int, P: int, store: str, options: argparse.Namespace) -> None:
     fvops.cleanup_dist_env_and_memory()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `measured`."""
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=4096, help="of all ranks, in forward; 0: leave it out (4096)")
-    parser.add_argument("--train-tokens", type=int, default=2048, help="in forward and backward together (2048)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", help="keep everything in this file")
-    options = parser.parse_args()
-    if (
-        options.rounds < 1
-        or options.ranks < 2
-        or options.tokens % options.ranks
-        or options.train_tokens % options.ranks
-    ):
+    parser.add_argument("--tokens", type=int, default=2048, help="of all ranks, in forward; 0: leave it out (2048)")
+    parser.add_argument("--train-tokens", type=int, default=1024, help="in forward and backward together (1024)")
+    parser.add_argument("--rounds", type=int, default=9, help="how often each candidate is timed (9)")
+
+
+def check_arguments(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the program where `measured` could not run."""
+    uneven = options.ranks < 2 or options.tokens % options.ranks or options.train_tokens % options.ranks
+    if options.rounds < 1 or uneven:
         parser.error("--rounds must be at least 1, --ranks at least 2 and divide both numbers of tokens")
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
-    print(machine, flush=True)
+
+
+def measured(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
+    """A table for forward, and one for forward and backward: what was found, by the candidate's name."""
+    # The profiler would write to stderr; read when torch is imported.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_worker, args=(options.ranks, f"{folder}/store", options), nprocs=options.ranks)
-        found = json.loads(Path(f"{folder}/store.json").read_text())
-    for title, rows in found.items():
-        _print_table(title, rows)
+        found: dict[str, dict[str, dict[str, Any]]] = json.loads(Path(f"{folder}/store.json").read_text())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--json", help="keep everything in this file")
+    options = parser.parse_args()
+    check_arguments(parser, options)
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
+    print(machine, flush=True)
+    found = measured(options)
+    print(tables(found))
     if options.json:
-        Path(options.json).write_text(json.dumps({"machine": machine, "found": found}, indent=1))
-
-
-def _print_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
-    own = next(iter(rows.values()))["ms"]
-    print(f"\n{title}")
-    for name, row in rows.items():
-        cells = [
-            f"{key} {value / 1e6:.1f} MB" if "bytes" in key else f"{key} {value:.4g}" for key, value in row.items()
-        ]
-        print(f"{name:28} {row['ms'] / own:.3f} x | " + ", ".join(cells))
+        Path(options.json).write_text(json.dumps({"machine": machine, "block": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def measure(calls: dict[str, Callable[[], Any]], rounds: int, inner: int) -> dict[str, float]:
     """Median seconds a call of the slowest rank, by candidate."""
+    return {name: median(times) for name, times in measured_rounds(calls, rounds, inner).items()}
+
+
+def measured_rounds(calls: dict[str, Callable[[], Any]], rounds: int, inner: int) -> dict[str, list[float]]:
+    """Seconds a call of the slowest rank in each round, by candidate; on every rank the same."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 2):
         for name, call in calls.items():
@@ -51,11 +56,11 @@ def measure(calls: dict[str, Callable[[], Any]], rounds: int, inner: int) -> dic
                 call()
             if number >= 2:  # the first two warm up
                 times[name].append((time.perf_counter() - start) / inner)
-    result = {}
+    result: dict[str, list[float]] = {}
     for name, values in times.items():
         slowest = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        result[name] = median(slowest.tolist())
+        result[name] = slowest.tolist()
     return result
 
 

@@ -1,20 +1,21 @@
 """What sequence parallelism adds to compile time, and what a warm start costs: a Wan transformer on 2 CPU ranks.
 
-    python tools/bench_compile.py [--rounds 3] [--layers 2]
+    python -m tools.bench_compile [--compile-rounds 3] [--layers 2] [--ways alone parallel enabled]
 
 Each measurement is a pair of new processes, because a process compiles for the first time only once. "alone" runs the
-whole model in each of the two, without a collective; "parallel" splits the sequence over them. So both compile with the
-same load on the machine. Cold is with an empty cache folder, warm with the one that the cold pair has left. The time is
-the first call's minus the second's, of the slower process.
+whole model in each of the two, without a collective; "parallel" splits the sequence over them, with fvops' default
+passes, and "enabled" does under `fvops.compiler.enable()`. So all compile with the same load on the machine. Cold is
+with an empty cache folder, warm with the one that the cold pair has left. The time is the first call's minus the
+second's, of the slower process.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,38 +23,64 @@ import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["main"]
+from tools.block_tables import compile_table
 
+__all__ = ["WAYS", "add_arguments", "check_arguments", "main", "measured"]
+
+WAYS = ("alone", "parallel", "enabled")
 _RANKS = 2
+_ROOT = Path(__file__).resolve().parents[1]
 _DEADLINE_S = 900
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of `measured`."""
+    parser.add_argument("--compile-rounds", type=int, default=3, help="how often each is measured, in turn (3)")
+    parser.add_argument("--layers", type=int, default=2, help="transformer blocks (2)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
+
+
+def check_arguments(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the program where `measured` could not run."""
+    if options.compile_rounds < 0 or options.layers < 1:
+        parser.error("--compile-rounds must not be negative, --layers at least 1")
+
+
+def measured(options: argparse.Namespace, until: float = math.inf) -> dict[str, list[float]]:
+    """Seconds of each round, by way and start ("enabled cold"). Tells of each as it ends.
+
+    Args:
+        until: on `time.perf_counter`'s clock: after the first round, none is begun that would end later.
+    """
+    seconds: dict[str, list[float]] = {}
+    longest = 0.0
+    for number in range(options.compile_rounds):
+        begun = time.perf_counter()
+        if number and begun + longest > until:
+            print(f"compile: no time for more than {number} of {options.compile_rounds} rounds", flush=True)
+            break
+        for way in options.ways:
+            with tempfile.TemporaryDirectory(prefix="fvops-compile-") as folder:
+                # A warm start of the model alone is no part of any goal.
+                for start in ("cold",) if way == "alone" else ("cold", "warm"):
+                    took = _pair(way, options.layers, Path(folder))
+                    seconds.setdefault(f"{way} {start}", []).append(round(took, 2))
+                    print(f"compile, round {number}: {way} {start} {took:.1f} s", flush=True)
+        longest = max(longest, time.perf_counter() - begun)
+    return seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="how often each is measured, in turn (3)")
-    parser.add_argument("--layers", type=int, default=2, help="transformer blocks (2)")
-    parser.add_argument("--worker", choices=("alone", "parallel"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.rounds < 1 or args.layers < 1:
-        parser.error("--rounds and --layers must be at least 1")
-    if args.worker:
-        print(json.dumps(_first_minus_second(args.worker, args.layers)))
+    add_arguments(parser)
+    parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    check_arguments(parser, options)
+    if options.worker:
+        print(json.dumps(_first_minus_second(options.worker, options.layers)))
         return
     print(f"load before: {os.getloadavg()[0]:.1f}", flush=True)
-    seconds: dict[str, list[float]] = {}
-    for number in range(args.rounds):
-        for way in ("alone", "parallel"):
-            with tempfile.TemporaryDirectory(prefix="fvops-compile-") as folder:
-                for start in ("cold", "warm"):
-                    took = _pair(way, args.layers, Path(folder))
-                    seconds.setdefault(f"{way} {start}", []).append(took)
-                    print(f"round {number}: {way} {start} {took:.1f} s", flush=True)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    for name, median in medians.items():
-        print(f"{name:14} median {median:6.1f} s of {', '.join(f'{one:.1f}' for one in seconds[name])}")
-    print(f"parallel / alone, cold: {medians['parallel cold'] / medians['alone cold']:.3f} (goal: at most 1.10)")
-    print(f"warm / cold, parallel:  {medians['parallel warm'] / medians['parallel cold']:.3f} (goal: under 0.25)")
-    print(f"warm / cold, alone:     {medians['alone warm'] / medians['alone cold']:.3f}")
+    print(compile_table(measured(options)))
     print(f"load after: {os.getloadavg()[0]:.1f}")
 
 
@@ -62,7 +89,7 @@ def _pair(way: str, layers: int, folder: Path) -> float:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", way, "--layers", str(layers)]
+    command = [sys.executable, "-m", "tools.bench_compile", "--worker", way, "--layers", str(layers)]
     processes = []
     for rank in range(_RANKS):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(_RANKS)}
@@ -70,7 +97,7 @@ def _pair(way: str, layers: int, folder: Path) -> float:
         # A folder each: the whole model is the same in both, and one must not find what the other compiled.
         cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / str(rank)), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         environment = {**os.environ, **place, **rendezvous, **cache, "CUDA_VISIBLE_DEVICES": ""}
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+        processes.append(subprocess.Popen(command, cwd=_ROOT, env=environment, stdout=subprocess.PIPE, text=True))
     try:
         outputs = [process.communicate(timeout=_DEADLINE_S)[0] for process in processes]
     finally:
@@ -95,8 +122,10 @@ def _first_minus_second(way: str, layers: int) -> float:
     # Wan 2.1 1.3B's width; few tokens, since compile time does not depend on their number.
     wan: Any = WanTransformer3DModel
     model = wan(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=layers, text_dim=4096).eval()
-    if way == "parallel":
+    if way != "alone":
         parallelize(model)
+    if way == "enabled":
+        fvops.compiler.enable()
     compiled = torch.compile(model, fullgraph=True)
     inputs = {
         "hidden_states": torch.randn(1, 16, 2, 8, 8),

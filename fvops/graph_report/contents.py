@@ -135,6 +135,16 @@ class Graph:
     def layout_kernels(self) -> list[Kernel]:
         return [kernel for kernel in self.kernels if kernel.kind == "layout"]
 
+    def wait_of(self, start: Kernel) -> Kernel | None:
+        """The kernel that waits for what `start` has begun; None for a collective that is not split."""
+        waits = (kernel for kernel in self.kernels if kernel.kind == "wait" and start.name in kernel.reads)
+        return next(waits, None) if start.collective is not None and start.collective.is_start else None
+
+    def exposed_us_of(self, collective: Kernel) -> float:
+        """How long nothing else runs because of `collective`: while it is issued, or in its wait."""
+        wait = self.wait_of(collective)
+        return collective.exposed_us + (wait.exposed_us if wait else 0.0)
+
     @property
     def us(self) -> float:
         """Estimated time of all kernels."""

@@ -20,6 +20,7 @@ _COLOURS = {
     "collective": "#c0392b",
     "wait": "#e3a49c",
 }
+_KEY = {kind: kind for kind in _COLOURS} | {"wait": "wait: nothing runs but communication"}
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1060px; padding: 0 1rem; color: #1c2430; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
@@ -75,7 +76,7 @@ def _breaks(report: Report) -> str:
 def _key() -> str:
     return (
         '<p class="key">'
-        + "".join(f'<span style="background:{colour}"></span>{kind}' for kind, colour in _COLOURS.items())
+        + "".join(f'<span style="background:{_COLOURS[kind]}"></span>{name}' for kind, name in _KEY.items())
         + "</p>"
     )
 
@@ -90,7 +91,10 @@ def _graph(graph: Graph) -> str:
 
 
 def _timeline(graph: Graph) -> str:
-    """The kernels over time: lanes for compute, layout and collectives, each bar with its facts as a tooltip."""
+    """The kernels over time: lanes for compute, layout and collectives, each bar with its facts as a tooltip.
+
+    Where nothing runs because of a collective, the compute lane says so in the colour of a wait.
+    """
     height = len(_LANES) * (_LANE + _GAP) + 30
     scale = (_WIDTH - _LEFT - 10) / (graph.us or 1.0)
     parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="timeline of graph {graph.number}">']
@@ -110,20 +114,29 @@ def _timeline(graph: Graph) -> str:
 
 
 def _bar(kernel: Kernel, scale: float) -> str:
-    row = 2 if kernel.kind in ("collective", "wait") else 1 if kernel.kind == "layout" else 0
-    x, y = _LEFT + kernel.start_us * scale, row * (_LANE + _GAP)
-    width = max(kernel.us * scale, 1.5)  # the shortest must be seen too
+    row = 2 if kernel.kind == "collective" else 1 if kernel.kind == "layout" else 0
     size = megabytes(kernel.collective.sent_bytes) + " sent" if kernel.collective else megabytes(kernel.nbytes)
+    if kernel.kind == "wait":
+        size = "nothing else runs meanwhile"
     facts = f"{kernel.label}: {milliseconds(kernel.us)}, {size}" + (f", {kernel.where}" if kernel.where else "")
-    rect = (
-        f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_LANE}" fill="{_COLOURS[kernel.kind]}" '
-        f'stroke="#fff" stroke-width="0.5"><title>{escape(facts)}</title></rect>'
+    bar = _rect(kernel.start_us, kernel.us, row, kernel.kind, scale, f"<title>{escape(facts)}</title>")
+    if kernel.collective is not None and kernel.exposed_us > 0:
+        bar += _rect(kernel.start_us + kernel.us - kernel.exposed_us, kernel.exposed_us, 0, "wait", scale)
+    # A name where one fits, at about eight units a letter.
+    fitting = [name for name in (kernel.label, kernel.kind) if kernel.us * scale >= 8 * len(name) + 12]
+    if not fitting:
+        return bar
+    x, y = _LEFT + kernel.start_us * scale + 4, row * (_LANE + _GAP) + 21
+    return bar + f'<text x="{x:.2f}" y="{y}" font-size="12" fill="#fff">{escape(fitting[0])}</text>'
+
+
+def _rect(start_us: float, us: float, row: int, kind: str, scale: float, inside: str = "") -> str:
+    x, y = _LEFT + start_us * scale, row * (_LANE + _GAP)
+    width = max(us * scale, 1.5)  # the shortest must be seen too
+    return (
+        f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_LANE}" fill="{_COLOURS[kind]}" '
+        f'stroke="#fff" stroke-width="0.5">{inside}</rect>'
     )
-    # A name where it fits, at about seven units a letter.
-    if width < 7 * len(kernel.label) + 6:
-        return rect
-    name = f'<text x="{x + 4:.2f}" y="{y + 21}" font-size="12" fill="#fff">{escape(kernel.label)}</text>'
-    return rect + name
 
 
 def _collectives(graph: Graph) -> str:
@@ -139,7 +152,7 @@ def _collectives(graph: Graph) -> str:
                 escape(shapes(kernel)),
                 megabytes(collective.sent_bytes),
                 milliseconds(kernel.us),
-                milliseconds(kernel.exposed_us),
+                milliseconds(graph.exposed_us_of(kernel)),
                 escape(kernel.where),
             ]
         )

@@ -47,20 +47,25 @@ def _graph_lines(graph: Graph) -> list[str]:
     ]
     for place, kernel in enumerate(graph.kernels):
         if kernel.collective is not None:
-            lines.append(f"  {place:3} {_collective_line(kernel)}")
+            lines.append(f"  {place:3} {_collective_line(graph, kernel)}")
+        elif kernel.kind == "wait":
+            started = [str(number) for number, other in enumerate(graph.kernels) if graph.wait_of(other) is kernel]
+            of = f" for {', '.join(started)}" if started else ""
+            lines.append(f"  {place:3} {kernel.label}{of}, {milliseconds(kernel.exposed_us)} exposed{_at(kernel)}")
         elif kernel.kind == "layout":
             beside = ", ".join(kernel.beside) or "the graph's inputs and outputs"
             lines.append(f"  {place:3} layout kernel {megabytes(kernel.nbytes)} between {beside}{_at(kernel)}")
     return lines
 
 
-def _collective_line(kernel: Kernel) -> str:
+def _collective_line(graph: Graph, kernel: Kernel) -> str:
     collective = kernel.collective
     if collective is None:
         return kernel.label
     size = f"{megabytes(collective.nbytes)} in, {megabytes(collective.sent_bytes)} sent"
     what = f"{collective.op} on {collective.group!r} ({_count(collective.world_size, 'rank')})"
-    return f"{what} {shapes(kernel)} {size}, {milliseconds(kernel.us)}{_at(kernel)}"
+    time = f"{milliseconds(kernel.us)}, of which {milliseconds(graph.exposed_us_of(kernel))} exposed"
+    return f"{what} {shapes(kernel)} {size}, {time}{_at(kernel)}"
 
 
 def shapes(kernel: Kernel) -> str:
