@@ -23,12 +23,12 @@ from fvops.debug import patience
 from fvops.device_communicators.base_device_communicator import DeviceCommunicatorBase
 from fvops.device_communicators.choice import build_communicator
 from fvops.device_communicators.shm_broadcast import MessageQueue
+from fvops.formation import process_groups
 from fvops.graph_capture import capture_on_side_stream
 from fvops.group_objects import GroupObjects
 from fvops.logger import init_logger
 from fvops.platforms import local_torch_device
 from fvops.reduce_op import reduce_op_name
-from fvops.torch_compat import new_group
 from fvops.warmup import warm_up
 
 __all__ = ["GroupCoordinator", "destroy_all_groups"]
@@ -64,6 +64,8 @@ class GroupCoordinator(GroupObjects):
 
     Raises:
         ValueError: a rank is in none of `group_ranks`, or in several, or out of the world. On every rank.
+        RuntimeError: a rank did not come in time, torch.distributed's store does not answer, or the transport that
+            ``FVOPS_TRANSPORT`` asks for cannot be used on every rank.
     """
 
     def __init__(
@@ -83,15 +85,13 @@ class GroupCoordinator(GroupObjects):
         rank = dist.get_rank()
         _check_group_ranks(group_ranks, group_name)
         self.timeout_s = envs.deadline(timeout_s)
-        deadline = timedelta(seconds=self.timeout_s)
         device_group: Any = None
         cpu_group: Any = None
         # new_group is collective over the world: every rank makes every group, in the same order.
         for ranks in group_ranks:
-            new_device_group = new_group(ranks, torch_distributed_backend, deadline)
-            new_cpu_group = new_group(ranks, "gloo", deadline)
+            made = process_groups(ranks, torch_distributed_backend, group_name or "anonymous", self.timeout_s)
             if rank in ranks:
-                device_group, cpu_group = new_device_group, new_cpu_group
+                device_group, cpu_group = made
         owned_groups = [device_group, cpu_group]
         self._setup(local_rank, device_group, cpu_group, use_device_communicator, group_name, device, owned_groups)
         if use_message_queue_broadcaster and self.world_size > 1:

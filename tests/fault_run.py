@@ -4,61 +4,64 @@ from __future__ import annotations
 
 import _thread
 import contextlib
-import errno
 import gc
 import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from tests import harness
+from tests import fault_programs, harness
+from tests.fault_programs import DEADLINE_S, Programs
+from tests.fault_queue import form_and_broadcast
+from tests.fault_room import run_without_room
 from tests.fault_table import FAULTS, Fault
 from tests.remains import held
 from tests.waiting import wait_until
 
-__all__ = ["DEADLINE_S", "suffer"]
+__all__ = ["serve_store", "suffer"]
 
-DEADLINE_S = 5.0
-# A module global, for the compiled program to find the group anew when it was created again.
-_group: Any = None
-
-
-def _program(x: Tensor) -> Tensor:
-    return _group.all_gather(_group.all_to_all_4D(x, 2, 1) + 1, 1)
+# For a rank to do its part, on a machine with more ranks than cores.
+_PATIENCE = timedelta(seconds=60)
 
 
-def suffer(name: str, mode: str, folder: str, port: int) -> None:
-    """Run the fault `name`; every rank that survives leaves a JSON file in `folder`."""
+def serve_store(port: int) -> None:
+    """A process that does nothing but hold a store's server, as torchrun's agent does. Until it is killed."""
     import torch.distributed as dist
 
+    _server = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    threading.Event().wait()
+
+
+def suffer(name: str, mode: str, folder: str, port: int, server: int) -> None:
+    """Run the fault `name`; every rank that survives leaves a JSON file in `folder`.
+
+    Args:
+        port: where the store is: rank 0 serves it, unless `server` does.
+        server: the pid of a process that does nothing else; 0 for none.
+    """
     import fvops
 
     (fault,) = [fault for fault in FAULTS if fault.name == name]
     P, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     culprit = fault.culprit(P)
     before = held()
-    if fault.act == "server":
-        os.environ["FVOPS_TEST_INIT"], file = f"tcp://127.0.0.1:{port}", os.environ["FVOPS_TEST_INIT"]
+    with _rendezvous(port, server):
         harness.init_fvops(sp_size=1)
-        os.environ["FVOPS_TEST_INIT"] = file
-    else:
-        harness.init_fvops(sp_size=1, suffix="a")
-    dist.distributed_c10d._get_default_store().set(f"pid/{rank}", str(os.getpid()))
-    program = _warm(mode, P)
+    _store().set(f"pid/{rank}", str(os.getpid()))
+    programs = fault_programs.warm(fault, mode, P)
     error, seconds = "", 0.0
     try:
-        error, seconds = _meet(fault, program, rank == culprit, P)
+        error, seconds = _meet(fault, programs, rank == culprit, P, server)
     finally:
-        if fault.act == "stop":
-            _end_the_stopped(rank, P)
+        if rank == 0 and fault.act != "server":
+            _see_off(fault, P)
         fvops.cleanup_dist_env_and_memory()
     again = _start_over(fault, rank, P, culprit)
     gc.collect()
@@ -68,153 +71,134 @@ def suffer(name: str, mode: str, folder: str, port: int) -> None:
     Path(folder, str(rank)).write_text(json.dumps(story))
 
 
-def _warm(mode: str, P: int) -> Callable[[Tensor], Tensor]:
-    """The program, compiled already, over a group with a long deadline: ranks compile at their own pace."""
-    global _group
-    from fvops.parallel_state import get_world_group, init_model_parallel_group
+@contextlib.contextmanager
+def _rendezvous(port: int, server: int) -> Iterator[None]:
+    """Inside, `init_fvops` meets the other ranks over TCP, as a program does: by address, or as torchrun's workers."""
+    variables = {"FVOPS_TEST_INIT": f"tcp://127.0.0.1:{port}"}
+    if server:
+        variables = {"FVOPS_TEST_INIT": "env://", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        variables |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
-    program = torch.compile(_program, fullgraph=True) if mode == "compiled" else _program
-    _group = init_model_parallel_group([list(range(P))], 0, "gloo", group_name="brief")
-    program(_input(P))
-    get_world_group().barrier()
-    _group.destroy()
-    get_world_group().barrier()
-    return program
 
-
-def _input(P: int) -> Tensor:
-    return torch.ones(1, 2, P, 2)
-
-
-def _meet(fault: Fault, program: Callable[[Tensor], Tensor], guilty: bool, P: int) -> tuple[str, float]:
+def _meet(fault: Fault, programs: Programs, guilty: bool, P: int, server: int) -> tuple[str, float]:
     """What this rank was told, and after how many seconds."""
-    global _group
     from fvops.debug import check_collectives
-    from fvops.parallel_state import init_model_parallel_group
 
-    if fault.act == "full":
-        return _told(lambda: _without_room(guilty, P))
-    _group = init_model_parallel_group(
-        [list(range(P))], 0, "gloo", fault.queued, group_name="brief", timeout_s=DEADLINE_S
-    )
-    if fault.queued:
-        return _broadcast_until_told(fault.act, guilty, P)
-    if fault.act == "groups" and guilty:
-        other = init_model_parallel_group([list(range(P))], 0, "gloo", group_name="other", timeout_s=DEADLINE_S)
-    elif fault.act == "groups":
-        init_model_parallel_group([list(range(P))], 0, "gloo", group_name="other", timeout_s=DEADLINE_S)
-    if fault.checked:
-        with check_collectives():
-            return _told(
-                _differing(fault.act, P, other if fault.act == "groups" else None)
-                if guilty
-                else lambda: program(_input(P))
-            )
-    if guilty:
-        return _act(fault, program, P)
-    if fault.when == "during":
-        _store().wait(["acting"], timedelta(seconds=60))
-    elif fault.when == "after":
-        program(_input(P))
-    story = _told(lambda: program(_input(P)))
-    _store_quietly(f"told/{_group.rank_in_group}")
+    if fault.room:
+        story = _told(lambda: run_without_room(fault, programs, guilty, P))
+    elif fault.queued:
+        story = _told(form_and_broadcast(fault, guilty, P, _store()))
+    else:
+        fault_programs.form(fault, DEADLINE_S)
+        if fault.act == "store":
+            return _told(lambda: _lose_the_store(programs, server))
+        if guilty and not fault.checked:
+            return _act(fault, programs, P)
+        if fault.checked:
+            with check_collectives():
+                story = _told(programs.wrong if guilty else programs.right)
+        else:
+            if fault.when == "during":
+                _store().wait(["acting"], _PATIENCE)
+            elif fault.when == "after":
+                programs.right()
+            if fault.act == "destroy":
+                place = fault_programs.group.rank_in_group
+                threading.Thread(target=_once_inside, args=(f"inside/{place}",)).start()
+            story = _told(programs.right)
+    with contextlib.suppress(RuntimeError):  # where the store's server is the victim there is nobody to tell
+        _store().set(f"told/{os.environ['RANK']}", "")
     return story
 
 
-def _act(fault: Fault, program: Callable[[Tensor], Tensor], P: int) -> tuple[str, float]:
+def _act(fault: Fault, programs: Programs, P: int) -> tuple[str, float]:
     """The culprit's part, where it is not a call that differs."""
+    others_are_told = [f"told/{place}" for place in range(P - 1)]
     act = {
         "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
         "server": lambda: os.kill(os.getpid(), signal.SIGKILL),
         "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
         "raise": lambda: None,
-        "destroy": lambda: _group.destroy(),
-        "late": lambda: _store().wait([f"told/{place}" for place in range(P - 1)], timedelta(seconds=60)),
+        "destroy": lambda: fault_programs.group.destroy(),
+        "late": lambda: _store().wait(others_are_told, _PATIENCE),
     }[fault.act]
     if fault.when == "during":
-        threading.Thread(target=_once_inside, args=(_thread.interrupt_main if fault.act == "raise" else act,)).start()
+        inside = _thread.interrupt_main if fault.act == "raise" else act
+        threading.Thread(target=_once_inside, args=("acting", inside)).start()
         try:
-            return _told(lambda: program(_input(P)))
+            return _told(programs.right)
         except KeyboardInterrupt:
             return "KeyboardInterrupt", 0.0
     if fault.when == "after":
-        program(_input(P))
+        programs.right()
+    if fault.act == "destroy":
+        _store().wait([f"inside/{place}" for place in range(P - 1)], _PATIENCE)
     act()
     if fault.act == "late":
-        return _told(lambda: program(_input(P)))
+        return _told(programs.right)
     if fault.act == "destroy":
-        _store().wait([f"told/{place}" for place in range(P - 1)], timedelta(seconds=60))
+        _store().wait(others_are_told, _PATIENCE)
     return "", 0.0
 
 
-def _broadcast_until_told(act: str, guilty: bool, P: int) -> tuple[str, float]:
-    """Objects over the group's queue without end: the fault must end them."""
-
-    def without_end() -> None:
-        while True:
-            _group.broadcast_object("an object")
-
-    _group.broadcast_object("an object")
-    if guilty and act == "unread":
-        _store().wait([f"told/{place}" for place in range(P - 1)], timedelta(seconds=60))
-    elif guilty:
-        if act == "writer":
-            # Others are waiting by then: the second object takes them to the wait for the third.
-            _group.broadcast_object("an object")
-            _store().wait([f"waits/{place}" for place in range(1, P)], timedelta(seconds=60))
-        os.kill(os.getpid(), signal.SIGKILL)
-    else:
-        _group.broadcast_object("an object")
-        _store().set(f"waits/{_group.rank_in_group}", "")
-    story = _told(without_end)
-    _store_quietly(f"told/{_group.rank_in_group}")
-    return story
-
-
-def _once_inside(act: Callable[[], None]) -> None:
-    """Act when the main thread has been in a collective for a moment."""
+def _once_inside(key: str, act: Callable[[], None] | None = None) -> None:
+    """Once the main thread has been in a call of the group for a moment: say so under `key`, and act."""
     from fvops.debug.journal import running
 
-    wait_until(lambda: any(time.monotonic() - entry.began > 0.3 for entry in running().values()))
-    _store().set("acting", "")
-    act()
+    def inside() -> bool:
+        return any(
+            entry.member.group == "brief:0" and time.monotonic() - entry.began > 0.3 for entry in running().values()
+        )
+
+    wait_until(inside)
+    _store().set(key, "")
+    if act is not None:
+        act()
 
 
-def _differing(act: str, P: int, other: Any) -> Callable[[], Any]:
-    x = _input(P)
-    return {
-        "shapes": lambda: _group.all_to_all_4D(torch.ones(1, 3, P, 2), 2, 1),
-        "dtypes": lambda: _group.all_to_all_4D(x.double(), 2, 1),
-        "ops": lambda: _group.all_reduce(x),
-        "order": lambda: _group.all_to_all_4D(_group.all_gather(x, 1), 2, 1),
-        "groups": lambda: other and other.all_to_all_4D(x, 2, 1),
-    }[act]
+def _lose_the_store(programs: Programs, server: int) -> None:
+    """The store's server dies, and no rank. What needs no store goes on; what does raises."""
+    import fvops
+
+    fvops.get_world_group().barrier()
+    if fvops.get_world_rank() == 0:
+        os.kill(server, signal.SIGKILL)
+    wait_until(_store_is_gone)
+    y = programs.right()
+    if not bool((y == 2).all()):
+        raise ValueError(f"after the server's end, the program gives {y}")
+    # So that no rank takes the next error for the end of another.
+    fvops.get_world_group().barrier()
+    fault_programs.form(FAULTS[0], DEADLINE_S)
 
 
-def _without_room(guilty: bool, P: int) -> None:
-    from fvops.parallel_state import init_model_parallel_group
-
-    original = os.posix_fallocate
-
-    def refuse(*_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    if guilty:
-        os.posix_fallocate = refuse
+def _store_is_gone() -> bool:
     try:
-        init_model_parallel_group([list(range(P))], 0, "gloo", group_name="brief", timeout_s=DEADLINE_S)
-    finally:
-        os.posix_fallocate = original
+        _store().set("is there anybody", "")
+    except RuntimeError:
+        return True
+    return False
 
 
 def _told(call: Callable[[], Any]) -> tuple[str, float]:
+    """The error that `call` raises, or the words that it returns, and after how many seconds."""
     start = time.monotonic()
     try:
-        call()
+        words = call()
     except RuntimeError as error:
         # Not the error itself: its traceback would hold on to tensors and groups.
         return str(error), time.monotonic() - start
-    return "NOT TOLD", time.monotonic() - start
+    return words if isinstance(words, str) else "NOT TOLD", time.monotonic() - start
 
 
 def _store() -> Any:
@@ -223,18 +207,12 @@ def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
-def _store_quietly(key: str) -> None:
-    """Set `key`; where the store's server is the victim there is nobody to tell."""
-    try:
-        _store().set(key, "")
-    except RuntimeError:
+def _see_off(fault: Fault, P: int) -> None:
+    """Rank 0, which has the store, leaves once all others were told; a stopped one, which can never go on, it ends."""
+    if fault.act == "store":
         return
-
-
-def _end_the_stopped(rank: int, P: int) -> None:
-    """Once all others were told, rank 0 ends the stopped culprit, which can never go on."""
-    if rank == 0:
-        _store().wait([f"told/{place}" for place in range(P - 1)], timedelta(seconds=60))
+    _store().wait([f"told/{place}" for place in range(P) if place != fault.culprit(P)], _PATIENCE)
+    if fault.act == "stop":
         os.kill(int(_store().get(f"pid/{P - 1}")), signal.SIGKILL)
 
 

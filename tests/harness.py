@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["RankFailure", "Ranks"]
+__all__ = ["RankFailure", "Ranks", "start_beside"]
 
 # Once one rank has failed, how long the others get to report too.
 _GRACE_S = 5.0
@@ -215,6 +215,13 @@ def _context(transport: str) -> Any:
         if before is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = before
     return context
+
+
+def start_beside(function: Callable[..., None], *args: Any) -> Any:
+    """A process that runs ``function(*args)``, forked as the workers are; the caller ends and joins it."""
+    process = _context("shm").Process(target=function, args=args, daemon=True)
+    process.start()
+    return process
 
 
 def _variables(transport: str) -> dict[str, str]:

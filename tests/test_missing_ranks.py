@@ -57,3 +57,30 @@ def test_who_is_missing_is_said(world_size: int, absent: int, op: str) -> None:
         assert f"fvops.{op} on group 'sp_brief:0'" in text
         assert f"deadline {DEADLINE_S} s" in text
         assert f"missing: place {absent} (global rank {absent})." in text
+
+
+def _make_a_group_without(absent: int) -> str:
+    import torch.distributed as dist
+
+    from fvops.parallel_state import init_model_parallel_group
+    from tests.worlds import initialized
+
+    with initialized():
+        P, here = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+        store = dist.distributed_c10d._get_default_store()
+        if here == absent:
+            store.wait([f"made/{place}" for place in range(P) if place != absent], timedelta(seconds=60))
+            return ""
+        with pytest.raises(RuntimeError) as caught:
+            init_model_parallel_group([list(range(P))], 0, "gloo", group_name="brief", timeout_s=1.0)
+        store.set(f"made/{here}", "")
+    return str(caught.value)
+
+
+def test_a_group_that_a_rank_does_not_make_is_said_not_to_be_made() -> None:
+    texts = Ranks.get(2).run(_make_a_group_without, 1, initialize=False, deadline_s=100)
+    began = (
+        "group 'brief' of global ranks [0, 1] could not be made (deadline 1 s): a rank of the world has died, or makes"
+    )
+    assert texts[0].startswith(began), texts
+    assert texts[1] == ""
