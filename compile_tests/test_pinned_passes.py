@@ -178,11 +178,10 @@ _sink_tokens_default = _sink_tokens([getitem_6])
 view_default_2 = reshape(getitem_8, [2, -1, 3])
 select_int = select.int(view_default_2, 0, 0)
 slice_tensor = slice.Tensor(arg3_1, 0, 0, 3)
-mm_default = mm(select_int, slice_tensor)
 select_int_1 = select.int(view_default_2, 0, 1)
 slice_tensor_1 = slice.Tensor(arg3_1, 0, 3, 6)
-addmm_default = addmm_(mm_default, select_int_1, slice_tensor_1)
-view_2 = reshape(mm_default, [1, 4, 5])
+sum_of_products_default = sum_of_products(None, [select_int, select_int_1], [slice_tensor, slice_tensor_1])
+view_2 = reshape(sum_of_products_default, [1, 4, 5])
 """,
     )
 

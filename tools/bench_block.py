@@ -51,7 +51,7 @@ CANDIDATES: dict[str, tuple[type[UlyssesBlock], dict[str, Any]]] = {
     "diffusers": (DiffusersBlock, {}),
     "FastVideo's layer": (UpstreamBlock, {}),
 }
-_GEMM = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
+_GEMM = ("mm", "addmm", "sum_of_products", "bmm", "baddbmm")
 
 
 class _Copies(TorchDispatchMode):

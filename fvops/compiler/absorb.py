@@ -7,7 +7,7 @@ way round a projection whose result is only packed computes the packed buffer it
 - `read_slices`, on the joint (or inference) graph, before it is decided what backward saves: a projection of what was
   received becomes the chain of matrix products above, its weight's gradient one product for each source.
 - `write_packed`, on a lowered graph: a product that only a pack reads becomes a batched product in the packed order.
-- `add_in_place`, last on a lowered graph: each product of a chain is added to the same buffer.
+- `sum_in_one_buffer`, last on a lowered graph: the products of a chain become one call, which sums into one buffer.
 
 Letters: P world size, B batch, s sequence, h heads and D head size of a part; rows = B*s.
 """
@@ -23,7 +23,7 @@ from fvops.compiler import layout
 from fvops.compiler.log import note
 from fvops.compiler.token_chain import arguments_of, calls, is_call, result_of
 
-__all__ = ["add_in_place", "read_slices", "write_packed"]
+__all__ = ["read_slices", "sum_in_one_buffer", "write_packed"]
 
 aten = torch.ops.aten
 # Keep the elements in order, so that a result of two dims is the matrix that the name `x_RC` says.
@@ -165,24 +165,39 @@ def _erase_unread(node: Node) -> None:
             _erase_unread(source)
 
 
-def add_in_place(graph: Graph) -> int:
-    """Let each product of a chain be added to the buffer of the one before it; how many are.
+def sum_in_one_buffer(graph: Graph) -> int:
+    """Make one `sum_of_products` of each chain of products; how many.
 
-    `addmm` would copy what it adds to. The buffer is a product's own and has no other reader. To be run last, since
-    Inductor's other passes take graphs to be functional.
+    `addmm` would copy what it adds to. To be run last: Inductor's own passes know products, not this op.
     """
-    added = 0
+    summed = 0
     for node in list(graph.nodes):
-        if node.meta.get(_ADDED) and node.target is aten.addmm.default:
-            buffer: Any = node.args[0]
-            # Who reads the buffer before this one adds to it: the products that are added already.
-            readers = [user for user in buffer.users if user.target is not aten.addmm_.default]
-            if readers == [node] and buffer.target in _MATRIX_PRODUCTS:
-                node.target = aten.addmm_.default
-                # Not the op's result: Inductor takes that for memory of its own, and gives the buffer away.
-                node.replace_all_uses_with(buffer)
-                added += 1
-    return added
+        if _adds(node) and not any(_adds(user) and user.args[0] is node for user in node.users):
+            chain = [node]
+            # What is added to has no other reader: else the sum so far is wanted, too.
+            while _adds(chain[0]) and len(chain[0].args[0].users) == 1 and _is_term(chain[0].args[0]):
+                chain.insert(0, chain[0].args[0])
+            if len(chain) > 1:
+                _sum_in_one_buffer(chain)
+                summed += 1
+    return summed
+
+
+def _adds(node: Node) -> bool:
+    return bool(node.meta.get(_ADDED)) and node.target is aten.addmm.default
+
+
+def _is_term(node: Node) -> bool:
+    return node.target in _MATRIX_PRODUCTS and not node.kwargs
+
+
+def _sum_in_one_buffer(chain: list[Node]) -> None:
+    last = chain[-1]
+    left, right = zip(*map(_factors, chain), strict=True)
+    op = torch.ops.fvops.sum_of_products.default
+    last.replace_all_uses_with(_run(last, op, _bias(chain[0]), list(left), list(right)))
+    for product in reversed(chain):
+        product.graph.erase_node(product)
 
 
 def write_packed(graph: Graph) -> int:

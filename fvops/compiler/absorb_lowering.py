@@ -1,10 +1,9 @@
-"""How Inductor runs the in-place products that `absorb` writes: as ATen does, on operands as they lie.
+"""How Inductor runs the sums of products that `absorb` writes: as a call, on operands as they lie.
 
-Left to itself Inductor would make a fallback the first time it meets one. That fallback fails where the environment
-variable CI is set, since the op has a decomposition; and met first in a backward graph it would copy every operand
-that is not contiguous, the buffer that is added to among them.
+Left to itself Inductor would make a fallback the first time it meets the op; met first in a backward graph it would
+copy every operand that is not contiguous.
 
-Checked on torch 2.11 and 2.13; `compile_tests/test_pass_absorb.py` compiles with CI set.
+Checked on torch 2.11 and 2.13; `compile_tests/test_pass_absorb.py` fails when operands are copied.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Register the lowering of `addmm_`, if torch has none of its own."""
-    op = torch.ops.aten.addmm_.default
+    """Register the lowering of `sum_of_products`."""
+    op = torch.ops.fvops.sum_of_products.default
     if op not in lowerings:
         make_fallback(op, warn=False)

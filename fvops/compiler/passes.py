@@ -61,7 +61,7 @@ def _on_lowered_graph(graph: Graph) -> None:
     if switches.overlap:  # after these: what it puts between start and wait are the pack and the unpack, too
         overlap.overlap_exchanges(graph, switches.overlap)
     if switches.absorb:
-        absorb.add_in_place(graph)
+        absorb.sum_in_one_buffer(graph)
 
 
 class _Pass(CustomGraphPass):

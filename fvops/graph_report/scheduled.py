@@ -31,7 +31,9 @@ from fvops.graph_report.user_lines import line_of_trace
 
 __all__ = ["kernels_of", "lowered", "memory_of"]
 
-_GEMM = re.compile(r"\b(mm|bmm|addmm_?|baddbmm|_int_mm|_scaled_mm|convolution|linear|_linear_pointwise)\b")
+_GEMM = re.compile(
+    r"\b(mm|bmm|addmm|sum_of_products|baddbmm|_int_mm|_scaled_mm|convolution|linear|_linear_pointwise)\b"
+)
 # Ops of a group that send nothing.
 _LOCAL = ("shard",)
 
@@ -204,10 +206,18 @@ def _flops(kernel: Any, name: str) -> int:
         return 0
     if "scaled_dot_product" in name:
         # The registry of formulas lacks the CPU's kernels.
-        shapes = [tuple(_hint(s) for s in arg.meta["val"].shape) for arg in node.args[:4] if isinstance(arg, Node)]
+        shapes = [_shape(arg) for arg in node.args[:4] if isinstance(arg, Node)]
         backward = "backward" in name
         return int(sdpa_backward_flop_count(*shapes[:4]) if backward else sdpa_flop_count(*shapes[:3]))
+    if name == "fvops::sum_of_products":
+        _, left, right = node.args
+        pairs = ((_shape(a), _shape(b)) for a, b in zip(left, right, strict=True))
+        return sum(2 * R * K * C for (R, K), (_, C) in pairs)
     return int(count_flops_fx(node) or 0)
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    return tuple(_hint(size) for size in node.meta["val"].shape)
 
 
 def _template_flops(node: Any) -> int:

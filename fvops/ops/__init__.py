@@ -20,6 +20,7 @@ from fvops.ops.point_to_point import recv, send
 from fvops.ops.reduce import op as _reduce_op  # noqa: F401  (defined for broadcast's gradient; no coordinator method)
 from fvops.ops.reduce_scatter import reduce_scatter
 from fvops.ops.shard import shard
+from fvops.ops.sum_of_products import op as _sum_of_products_op  # noqa: F401  (made by the compiler's absorb pass)
 
 __all__ = [
     "all_gather",
