@@ -53,7 +53,9 @@ def unpacked_shape(packed_shape: Sequence[int], dim: int) -> tuple[int, int, int
 
 def chunks_by_rank(x: Tensor, dim: int, world_size: int) -> Tensor:
     """``[..., P*n, ...] -> [P, ..., n, ...]``: rank r has slice ``r*n:(r+1)*n`` of `dim`. In memory order for dim 0."""
-    return x.unflatten(dim, (world_size, x.size(dim) // world_size)).movedim(dim, 0)
+    shape = x.shape
+    parts = x.view(*shape[:dim], world_size, shape[dim] // world_size, *shape[dim + 1 :])
+    return parts.movedim(dim, 0) if dim else parts
 
 
 def receive_buffer(parts: Tensor) -> Tensor:
