@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fvops
-from fvops.graph_report import Kernel, Machine, Report, planned_groups
+from fvops.graph_report import Graph, Kernel, Machine, Report, planned_groups
 
 B, S, H, D = 1, 2048, 16, 64
 # 104 us an exchange, 172 us a product of what one receives, 86 us the product beside them.
@@ -107,3 +107,17 @@ def test_the_drawing(whole: Report, split: Report) -> None:
 
 def _title(bar: ElementTree.Element) -> str:
     return bar.findtext("title") or ""
+
+
+@pytest.mark.parametrize(("kernels", "width"), [(8, 1000), (500, 6110), (100_000, 20_000)])
+def test_many_kernels_are_drawn_wider(kernels: int, width: int) -> None:
+    """So that a model of many blocks can be read; the page scrolls then."""
+    row = tuple(Kernel(f"op{place}", "gemm", "aten::mm", 8, 8, "", us=1.0, start_us=place) for place in range(kernels))
+    report = Report("many", False, (Graph(0, "inference", row, 0, 0),), (), (), MACHINE)
+    page = report.html()
+    picture = ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + 6])
+    assert picture.get("viewBox", "").split()[2] == str(width)
+    assert (picture.get("style") is None) == (width == 1000)
+    bars = [bar for bar in picture.iter("rect") if bar.get("stroke")]
+    assert len(bars) == kernels
+    assert float(bars[-1].get("x", 0)) < width

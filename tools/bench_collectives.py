@@ -123,6 +123,8 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
                 [row["bytes"] / 1e6 for row in of_world], [row["ms"][name] for row in of_world], label=name, **style
             )
         panel.set(xscale="log", yscale="log", xlabel="MB a rank", title=f"all_to_all_4D (2, 1), float32, {P} ranks")
+        for axis in (panel.xaxis, panel.yaxis):  # 0.1, 1, 10, not powers of ten
+            axis.set_major_formatter(lambda value, _place: f"{value:g}")
         panel.grid(True, which="both", alpha=0.25)
     panels[0][0].set_ylabel("ms a call (median of the slowest rank)")
     panels[0][-1].legend(fontsize=8)

@@ -83,7 +83,7 @@ def _draw(plans: list[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(13, 9.5), constrained_layout=True)
+    figure, axes = plt.subplots(2, 2, figsize=(13, 10), constrained_layout=True)
     titles = list(dict.fromkeys(one["model"] for one in plans))
     colours = dict(zip(titles, [f"C{place}" for place in range(10)], strict=False))
     panels = [
@@ -101,7 +101,9 @@ def _draw(plans: list[dict[str, Any]]) -> None:
             ranks, values = [one["world_size"] for one in runs], [value(one) for one in runs]
             axis.plot(ranks, values, "o-", color=colours[title], label=title, markersize=5, linewidth=1.8)
         _scale(axis, label)
-    axes[0][1].legend(fontsize=9, loc="upper right")
+    # Above the panels: in one of them it would hide points.
+    handles, labels = axes[0][1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=10, frameon=False)
     _draw_refusals(axes[1][1], plans, titles, colours)
     figure.savefig(_PICTURE, dpi=110)
     plt.close(figure)
@@ -129,7 +131,7 @@ def _draw_refusals(axis: Any, plans: list[dict[str, Any]], titles: list[str], co
             axis.plot(*place, "s", color=colours[one["model"]], markersize=11, fillstyle="none" if padded else "full")
     axis.set_xticks(range(len(_RANKS)), _RANKS)
     axis.set_yticks(range(len(titles), 0, -1), titles)
-    axis.set(xlabel="ranks P", title="runs (hollow: tokens padded), or refused (x: heads do not divide)")
+    axis.set(xlabel="ranks P", title="runs (hollow: tokens padded), x: refused, heads do not divide")
     for side in ("top", "right", "left", "bottom"):
         axis.spines[side].set_visible(False)
 

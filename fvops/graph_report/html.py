@@ -9,7 +9,8 @@ from fvops.graph_report.text import megabytes, milliseconds, shapes, speeds, sum
 
 __all__ = ["page"]
 
-_WIDTH, _LEFT, _LANE, _GAP = 1000, 110, 34, 10
+# A drawing has the page's width; with more kernels than fit there it is wider, and scrolls.
+_WIDTH, _MOST, _KERNEL, _LEFT, _LANE, _GAP = 1000, 20_000, 12, 110, 34, 10
 _LANES = ("compute", "layout", "collectives")
 _COLOURS = {
     "gemm": "#4269a5",
@@ -33,7 +34,7 @@ td.number, th.number { text-align: right; white-space: nowrap; }
 td.where { color: #5b6675; overflow-wrap: anywhere; }
 .key span { display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 1em; border-radius: 2px; }
 .warning { background: #fdeceA; padding: .5rem .9rem; border-radius: 6px; }
-svg { width: 100%; height: auto; } p.note { color: #5b6675; font-size: .85rem; }
+.timeline { overflow-x: auto; } svg { width: 100%; height: auto; } p.note { color: #5b6675; font-size: .85rem; }
 """
 
 
@@ -59,7 +60,7 @@ def _tiles(report: Report) -> str:
         "collectives": len(report.collectives),
         "sent by a rank": megabytes(report.sent_bytes),
         "layout kernels": len(report.layout_kernels),
-        "beside an exchange": len(report.layout_kernels_at_exchanges),
+        "of them beside an exchange": len(report.layout_kernels_at_exchanges),
         "peak of the results": megabytes(report.peak_bytes),
         "exposed communication": milliseconds(report.exposed_us),
     }
@@ -95,22 +96,26 @@ def _timeline(graph: Graph) -> str:
 
     Where nothing runs because of a collective, the compute lane says so in the colour of a wait.
     """
-    height = len(_LANES) * (_LANE + _GAP) + 30
-    scale = (_WIDTH - _LEFT - 10) / (graph.us or 1.0)
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="timeline of graph {graph.number}">']
+    width = min(max(_WIDTH, _LEFT + _KERNEL * len(graph.kernels)), _MOST)
+    height, span = len(_LANES) * (_LANE + _GAP) + 30, width - _LEFT - 10
+    scale = span / (graph.us or 1.0)
+    style = "" if width == _WIDTH else f' style="width: {width}px"'
+    parts = [f'<div class="timeline"><svg viewBox="0 0 {width} {height}"{style} role="img" ']
+    parts.append(f'aria-label="timeline of graph {graph.number}, {graph.phase}">')
     for row, lane in enumerate(_LANES):
         y = row * (_LANE + _GAP)
-        parts.append(f'<rect x="{_LEFT}" y="{y}" width="{_WIDTH - _LEFT - 10}" height="{_LANE}" fill="#f2f4f7"/>')
+        parts.append(f'<rect x="{_LEFT}" y="{y}" width="{span}" height="{_LANE}" fill="#f2f4f7"/>')
         parts.append(f'<text x="0" y="{y + 22}" font-size="14" fill="#1c2430">{lane}</text>')
     parts += [_bar(kernel, scale) for kernel in graph.kernels]
-    for quarter in range(5):
-        x = _LEFT + (_WIDTH - _LEFT - 10) * quarter / 4
-        anchor = "end" if quarter == 4 else "middle" if quarter else "start"
-        time = milliseconds(graph.us * quarter / 4)
+    ticks = 4 * width // _WIDTH
+    for tick in range(ticks + 1):
+        x = _LEFT + span * tick / ticks
+        anchor = "end" if tick == ticks else "middle" if tick else "start"
+        time = milliseconds(graph.us * tick / ticks)
         parts.append(
             f'<text x="{x:.1f}" y="{height - 8}" font-size="12" fill="#5b6675" text-anchor="{anchor}">{time}</text>'
         )
-    return "".join(parts) + "</svg>"
+    return "".join(parts) + "</svg></div>"
 
 
 def _bar(kernel: Kernel, scale: float) -> str:
