@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +110,13 @@ def _meet(fault: Fault, programs: Programs, guilty: bool, P: int, server: int) -
                 story = _told(programs.wrong if guilty else programs.right)
         else:
             if fault.when == "during":
-                _store().wait(["acting"], _PATIENCE)
+                _await_the_act(fault, P)
             elif fault.when == "after":
                 programs.right()
             if fault.act == "destroy":
                 place = fault_programs.group.rank_in_group
-                threading.Thread(target=_once_inside, args=(f"inside/{place}",)).start()
+                say = partial(_store().set, f"inside/{place}", "")
+                threading.Thread(target=_once_inside, args=(say,)).start()
             story = _told(programs.right)
     with contextlib.suppress(RuntimeError):  # where the store's server is the victim there is nobody to tell
         _store().set(f"told/{os.environ['RANK']}", "")
@@ -124,7 +126,7 @@ def _meet(fault: Fault, programs: Programs, guilty: bool, P: int, server: int) -
 def _act(fault: Fault, programs: Programs, P: int) -> tuple[str, float]:
     """The culprit's part, where it is not a call that differs."""
     others_are_told = [f"told/{place}" for place in range(P - 1)]
-    act = {
+    act: Callable[[], Any] = {
         "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
         "server": lambda: os.kill(os.getpid(), signal.SIGKILL),
         "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
@@ -133,12 +135,7 @@ def _act(fault: Fault, programs: Programs, P: int) -> tuple[str, float]:
         "late": lambda: _store().wait(others_are_told, _PATIENCE),
     }[fault.act]
     if fault.when == "during":
-        inside = _thread.interrupt_main if fault.act == "raise" else act
-        threading.Thread(target=_once_inside, args=("acting", inside)).start()
-        try:
-            return _told(programs.right)
-        except KeyboardInterrupt:
-            return "KeyboardInterrupt", 0.0
+        return _act_inside(fault, act, programs)
     if fault.when == "after":
         programs.right()
     if fault.act == "destroy":
@@ -151,8 +148,38 @@ def _act(fault: Fault, programs: Programs, P: int) -> tuple[str, float]:
     return "", 0.0
 
 
-def _once_inside(key: str, act: Callable[[], None] | None = None) -> None:
-    """Once the main thread has been in a call of the group for a moment: say so under `key`, and act."""
+def _act_inside(fault: Fault, act: Callable[[], Any], programs: Programs) -> tuple[str, float]:
+    """Act while the main thread is in a call. The others come to it afterwards: else it might end before."""
+    acts = [lambda: _store().set("acting", ""), act]
+    if fault.act == "raise":
+        acts = [_thread.interrupt_main, acts[0]]
+    thread = threading.Thread(target=_once_inside, args=acts)
+    thread.start()
+    try:
+        return _told(programs.right)
+    except KeyboardInterrupt:
+        thread.join()
+        return "KeyboardInterrupt", 0.0
+
+
+def _await_the_act(fault: Fault, P: int) -> None:
+    """Wait until the culprit is interrupted, or its process stopped or dead."""
+    _store().wait(["acting"], _PATIENCE)
+    if fault.act == "raise":
+        return
+    pid = int(_store().get(f"pid/{fault.culprit(P)}"))
+
+    def goes_on() -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "TZX"
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
+    wait_until(lambda: not goes_on())
+
+
+def _once_inside(*acts: Callable[[], Any]) -> None:
+    """Once the main thread has been in a call of the group for a moment: act."""
     from fvops.debug.journal import running
 
     def inside() -> bool:
@@ -161,8 +188,7 @@ def _once_inside(key: str, act: Callable[[], None] | None = None) -> None:
         )
 
     wait_until(inside)
-    _store().set(key, "")
-    if act is not None:
+    for act in acts:
         act()
 
 
