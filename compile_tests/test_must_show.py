@@ -15,7 +15,7 @@ import torch
 
 import fvops
 from fvops.graph_report import planned_groups
-from tools.bench_block import CANDIDATES, beside_product
+from tools.bench_block import CANDIDATES, beside_product, largest_difference
 from tools.block_tables import goals
 from tools.must_show import in_page, markdown
 from tools.ulysses_blocks import UlyssesBlock
@@ -132,3 +132,15 @@ def test_where_the_page_takes_the_tables() -> None:
     assert (once[:before], once[-200:]) == (page[:before], page[-200:])
     with pytest.raises(ValueError, match="needs the lines"):
         in_page("no marks", "a run")
+
+
+def test_results_that_differ_end_a_run() -> None:
+    first = [torch.tensor([1.0, 2.0]), torch.tensor([100.0, 0.0])]
+    assert largest_difference("same", [one.clone() for one in first], first) == 0
+    close = [first[0] + 1e-4, first[1]]
+    assert largest_difference("close", close, first) == pytest.approx(5e-5, rel=1e-2)
+    for place, wrong in ((0, 2.01), (1, 100.2), (1, float("nan")), (0, float("inf"))):
+        results = [one.clone() for one in first]
+        results[place].view(-1)[-1 if place == 0 else 0] = wrong
+        with pytest.raises(RuntimeError, match="wrong differs from the first candidate by"):
+            largest_difference("wrong", results, first)

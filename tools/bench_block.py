@@ -35,7 +35,7 @@ from tools.bench_collectives import measured_rounds
 from tools.block_tables import tables
 from tools.ulysses_blocks import DiffusersBlock, UlyssesBlock, UpstreamBlock
 
-__all__ = ["CANDIDATES", "add_arguments", "beside_product", "check_arguments", "main", "measured"]
+__all__ = ["CANDIDATES", "add_arguments", "beside_product", "check_arguments", "largest_difference", "main", "measured"]
 
 # Results of the candidates may differ in the last digits only.
 _TOLERANCE = 1e-3
@@ -168,14 +168,21 @@ def _bench(tokens: int, train: bool, rounds: int) -> dict[str, dict[str, Any]]:
         row = found[name]
         row["ms"] = median(seconds) * 1e3
         row["all ms"] = [round(one * 1e3, 3) for one in seconds]
-        row["difference"] = max(map(_difference, results[name], first))
-        if row["difference"] > _TOLERANCE:
-            raise RuntimeError(f"bench_block: {name} differs from the first candidate by {row['difference']:.2g}")
+        row["difference"] = largest_difference(name, results[name], first)
     return found
 
 
-def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).abs().max() / other.abs().max())
+def largest_difference(name: str, results: list[torch.Tensor], first: list[torch.Tensor]) -> float:
+    """Relative to each tensor's largest element.
+
+    Raises:
+        RuntimeError: it is more than the last digits, or not a number.
+    """
+    each = [(one - other).abs().max() / other.abs().max() for one, other in zip(results, first, strict=True)]
+    difference = float(torch.stack(each).max())
+    if not difference <= _TOLERANCE:
+        raise RuntimeError(f"bench_block: {name} differs from the first candidate by {difference:.2g}")
+    return difference
 
 
 def _uncompiled_part(block: UlyssesBlock, inputs: list[torch.Tensor], train: bool) -> None:
