@@ -339,3 +339,13 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert "one of 30 blocks" in out
     assert "on 5 ranks is refused: fvops" in err
     assert page.read_text().startswith("<!doctype html>")
+
+
+def test_the_table_of_plans_is_the_tool_s(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/scaling.md holds what tools/scaling.py makes of docs/measurements/scaling.json, for every model."""
+    from tools.scaling import _JSON, _print_table
+
+    plans = json.loads(_JSON.read_text())["plans"]
+    assert {one["model"] for one in plans} == {model.title for model in MODELS.values()}
+    _print_table(plans)
+    assert capsys.readouterr().out in (_JSON.parents[1] / "scaling.md").read_text()
