@@ -106,7 +106,8 @@ def test_the_matrix_says_what_was_not_run(tmp_path: Path) -> None:
     names = [str(cell) for cell in cells()]
     file = tmp_path / "faults.xml"
     file.write_text(
-        f'<testsuites><testsuite timestamp="2026-01-02T03:04:05.6" time="150"><testcase name="test_a_fault[{names[0]}]"/>'
+        '<testsuites><testsuite timestamp="2026-01-02T03:04:05.6" time="150">'
+        f'<testcase name="test_a_fault[{names[0]}]"/>'
         f'<testcase name="test_a_fault[{names[1]}]"><failure/></testcase>'
         '<testcase name="test_other"/></testsuite></testsuites>'
     )
