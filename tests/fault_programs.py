@@ -12,9 +12,11 @@ from torch import Tensor
 
 from tests.fault_table import Fault
 
-__all__ = ["DEADLINE_S", "Programs", "form", "group", "input_of", "warm"]
+__all__ = ["DEADLINE_S", "LONG", "Programs", "form", "group", "input_of", "warm"]
 
 DEADLINE_S = 5.0
+# Parts of it are above the size that goes through shared memory's channels: results of it are leased of the pool.
+LONG = 16384
 # Module globals, for the compiled programs to find the groups anew when they were created again.
 group: Any = None
 _other: Any = None
@@ -38,10 +40,10 @@ def _another_group(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Programs:
-    """Without arguments: `right` is everybody's, `wrong` that of the rank whose call differs, on its own input."""
+    """Without arguments: `right` is everybody's, `other` of the rank whose call differs; or of long results."""
 
     right: Callable[[], Tensor]
-    wrong: Callable[[], Tensor]
+    other: Callable[[], Tensor]
 
 
 def input_of(places: int, length: int = 2) -> Tensor:
@@ -51,17 +53,18 @@ def input_of(places: int, length: int = 2) -> Tensor:
 
 def _programs(fault: Fault, mode: str, places: int) -> Programs:
     x = input_of(places)
-    wrong, other_x = {
+    other, other_x = {
         "shapes": (_program, input_of(places, 3)),
         "dtypes": (_program, x.double()),
         "ops": (_another_op, x),
         "order": (_another_order, x),
         "groups": (_another_group, x),
+        "later": (_program, input_of(places, LONG)),
     }.get(fault.act, (_program, x))
     right = _program
     if mode == "compiled":
-        right, wrong = torch.compile(right, fullgraph=True), torch.compile(wrong, fullgraph=True)
-    return Programs(lambda: right(x), lambda: wrong(other_x))
+        right, other = torch.compile(right, fullgraph=True), torch.compile(other, fullgraph=True)
+    return Programs(lambda: right(x), lambda: other(other_x))
 
 
 def form(fault: Fault, timeout_s: float | None = None) -> None:
@@ -78,14 +81,14 @@ def form(fault: Fault, timeout_s: float | None = None) -> None:
 def warm(fault: Fault, mode: str, places: int) -> Programs:
     """The programs, compiled already, over groups with a long deadline: ranks compile at their own pace.
 
-    All ranks run, and so compile, the wrong one too: then it is everybody's call.
+    All ranks run, and so compile, the other one too: there it is everybody's call.
     """
     from fvops.parallel_state import get_world_group
 
     programs = _programs(fault, mode, places)
     form(fault)
     programs.right()
-    programs.wrong()
+    programs.other()
     get_world_group().barrier()
     group.destroy()
     if _other is not None:

@@ -8,16 +8,11 @@ import logging
 import os
 from collections.abc import Iterator
 
-import torch
-
 from tests import fault_programs
-from tests.fault_programs import DEADLINE_S, Programs
+from tests.fault_programs import DEADLINE_S, LONG, Programs
 from tests.fault_table import Fault
 
 __all__ = ["run_without_room"]
-
-# Parts of it are above the size that goes through the channels, so results of it are leased of the pool.
-_LONG = 16384
 
 
 def run_without_room(fault: Fault, programs: Programs, guilty: bool, places: int) -> str:
@@ -33,9 +28,9 @@ def run_without_room(fault: Fault, programs: Programs, guilty: bool, places: int
     fault_programs.form(fault, DEADLINE_S)
     with _full(guilty):
         verdict = _verdict(programs, places)
-        results = [_long(places)]
-    results.append(_long(places))
-    right = all(x.numel() == 2 * _LONG * places and bool((x == 1).all()) for x in results)
+        results = [programs.other()]
+    results.append(programs.other())
+    right = all(x.shape == (1, LONG * places * places, 1, 2) and bool((x == 2).all()) for x in results)
     pooled = sum(fault_programs.group._communicator.transport._own.offset_of(x) > 0 for x in results)
     long_ones = f"{'right' if right else 'wrong'} long results, {pooled} of 2 of shared memory"
     return f"{verdict}, {long_ones} on rank {os.environ['RANK']}"
@@ -46,11 +41,6 @@ def _verdict(programs: Programs, places: int) -> str:
     y = programs.right()
     right = y.shape == (1, 2 * places * places, 1, 2) and bool((y == 2).all())
     return f"{'right' if right else 'wrong'} results over {fault_programs.group._communicator.transport.name}"
-
-
-def _long(places: int) -> torch.Tensor:
-    y: torch.Tensor = fault_programs.group.all_to_all_4D(fault_programs.input_of(places, _LONG), 2, 1)
-    return y
 
 
 @contextlib.contextmanager

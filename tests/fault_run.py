@@ -107,7 +107,7 @@ def _meet(fault: Fault, programs: Programs, guilty: bool, P: int, server: int) -
             return _act(fault, programs, P)
         if fault.checked:
             with check_collectives():
-                story = _told(programs.wrong if guilty else programs.right)
+                story = _told(programs.other if guilty else programs.right)
         else:
             if fault.when == "during":
                 _await_the_act(fault, P)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fvops.debug.fingerprint import Fingerprint, difference, difference_of_message, table
 from tests.draws import profile
 from tests.fault_table import cells
-from tools.reliability_matrix import matrix, outcomes
+from tools.reliability_matrix import circumstances, matrix, outcomes
 
 
 def _print(**changes: Any) -> Fingerprint:
@@ -106,14 +106,17 @@ def test_the_matrix_says_what_was_not_run(tmp_path: Path) -> None:
     names = [str(cell) for cell in cells()]
     file = tmp_path / "faults.xml"
     file.write_text(
-        f'<testsuites><testsuite><testcase name="test_a_fault[{names[0]}]"/>'
+        '<testsuites><testsuite timestamp="2026-01-02T03:04:05.6" time="150">'
+        f'<testcase name="test_a_fault[{names[0]}]"/>'
         f'<testcase name="test_a_fault[{names[1]}]"><failure/></testcase>'
         '<testcase name="test_other"/></testsuite></testsuites>'
     )
     found = outcomes([str(file)])
     assert found == {names[0]: "ok", names[1]: "FAILED"}
-    text = matrix(found)
-    assert text.splitlines()[-1] == f"{len(names)} cells: 1 ok, 1 not ok, {len(names) - 2} not run."
+    when = circumstances([str(file)])
+    assert when.startswith("Run from 2026-01-02 03:04 on, in 2 minutes, with torch 2.")
+    text = matrix(found, when)
+    assert text.splitlines()[-1] == f"{len(names)} cells: 1 ok, 1 not ok, {len(names) - 2} not run. {when}"
     assert text.count("not run |") == len(names) - 2
     file.write_text("<testsuites/>")
     with pytest.raises(ValueError, match="holds no result"):

@@ -46,6 +46,12 @@ def test_the_quick_cells_are_a_representative_tenth() -> None:
         assert {P for _, P in met} == set(WORLDS), kind
 
 
+def test_the_page_has_all_rows() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "reliability.md").read_text()
+    rows = [line.split(" | ")[:2] for line in page.splitlines() if re.match(r"\| .* \| \d \|", line)]
+    assert rows == [[f"| {fault.name}", str(P)] for fault in FAULTS for P in WORLDS]
+
+
 def test_make_test_slow_runs_all_cells() -> None:
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     recipe = re.search(r"^test-slow:.*\n(?:\t.*\n)+", makefile, re.MULTILINE)
