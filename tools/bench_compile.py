@@ -6,7 +6,7 @@ Each measurement is a pair of new processes, because a process compiles for the 
 whole model in each of the two, without a collective; "parallel" splits the sequence over them, with fvops' default
 passes, and "enabled" does under `fvops.compiler.enable()`. So all compile with the same load on the machine. Cold is
 with an empty cache folder, warm with the one that the cold pair has left. The time is the first call's minus the
-second's, of the slower process.
+second's, of the slower process; the same of what the processor spent ("cpu"), which other load changes less.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def check_arguments(parser: argparse.ArgumentParser, options: argparse.Namespace
 
 
 def measured(options: argparse.Namespace, until: float = math.inf) -> dict[str, list[float]]:
-    """Seconds of each round, by way and start ("enabled cold"). Tells of each as it ends.
+    """Seconds of each round, by way and start ("enabled cold", "enabled cold cpu"). Tells of each as it ends.
 
     Args:
         until: on `time.perf_counter`'s clock: after the first round, none is begun that would end later.
@@ -63,9 +63,10 @@ def measured(options: argparse.Namespace, until: float = math.inf) -> dict[str, 
             with tempfile.TemporaryDirectory(prefix="fvops-compile-") as folder:
                 # A warm start of the model alone is no part of any goal.
                 for start in ("cold",) if way == "alone" else ("cold", "warm"):
-                    took = _pair(way, options.layers, Path(folder))
+                    took, cpu = _pair(way, options.layers, Path(folder))
                     seconds.setdefault(f"{way} {start}", []).append(round(took, 2))
-                    print(f"compile, round {number}: {way} {start} {took:.1f} s", flush=True)
+                    seconds.setdefault(f"{way} {start} cpu", []).append(round(cpu, 2))
+                    print(f"compile, round {number}: {way} {start} {took:.1f} s, cpu {cpu:.1f} s", flush=True)
         longest = max(longest, time.perf_counter() - begun)
     return seconds
 
@@ -84,8 +85,8 @@ def main() -> None:
     print(f"load after: {os.getloadavg()[0]:.1f}")
 
 
-def _pair(way: str, layers: int, folder: Path) -> float:
-    """Seconds of the slower of the two processes."""
+def _pair(way: str, layers: int, folder: Path) -> tuple[float, float]:
+    """Seconds, and seconds of processor time, of the slower of the two processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -106,10 +107,11 @@ def _pair(way: str, layers: int, folder: Path) -> float:
             process.wait()
     if any(process.returncode for process in processes):
         raise SystemExit(f"bench_compile: {way} failed; its ranks' own words are above")
-    return max(float(json.loads(output.splitlines()[-1])) for output in outputs)
+    took, cpu = zip(*(json.loads(output.splitlines()[-1]) for output in outputs), strict=True)
+    return max(took), max(cpu)
 
 
-def _first_minus_second(way: str, layers: int) -> float:
+def _first_minus_second(way: str, layers: int) -> tuple[float, float]:
     import torch
     from diffusers import WanTransformer3DModel
 
@@ -135,12 +137,18 @@ def _first_minus_second(way: str, layers: int) -> float:
     }
     times = []
     for _call in range(2):
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), _processor_s()
         with torch.no_grad():
             compiled(**inputs)
-        times.append(time.perf_counter() - start)
+        times.append((time.perf_counter() - start, _processor_s() - cpu))
     fvops.cleanup_dist_env_and_memory()
-    return times[0] - times[1]
+    (first, first_cpu), (second, second_cpu) = times
+    return first - second, first_cpu - second_cpu
+
+
+def _processor_s() -> float:
+    """Of this process and of the compilers that it has started and that have ended."""
+    return sum(os.times()[:4])
 
 
 if __name__ == "__main__":

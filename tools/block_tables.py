@@ -61,13 +61,15 @@ def compile_table(seconds: Mapping[str, Sequence[float]]) -> str:
     ways = list(dict.fromkeys(name.split()[0] for name in seconds))
     cells = []
     for way in ways:
-        cold, warm, over, share = _seconds(seconds[f"{way} cold"]), "", "", ""
+        cold, warm, over, over_cpu, share = _seconds(seconds[f"{way} cold"]), "", "", "", ""
         if way != "alone" and "alone" in ways:
             over = _ratio(seconds, f"{way} cold", "alone cold")
+            over_cpu = _ratio(seconds, f"{way} cold cpu", "alone cold cpu")
         if f"{way} warm" in seconds:
             warm, share = _seconds(seconds[f"{way} warm"]), _ratio(seconds, f"{way} warm", f"{way} cold")
-        cells.append([_WAYS[way], cold, over, warm, share])
-    return table(["", "cold, s", "cold over alone", "warm, s", "warm over cold"], cells)
+        cells.append([_WAYS[way], cold, over, over_cpu, warm, share])
+    columns = ["", "cold, s", "cold over alone", "the same in processor time", "warm, s", "warm over cold"]
+    return table(columns, cells)
 
 
 _WAYS = {
