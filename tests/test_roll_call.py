@@ -29,6 +29,16 @@ def test_without_a_store_it_says_so(monkeypatch: pytest.MonkeyPatch, ask: Any, e
     assert "cannot be told, the store is gone" in text
 
 
+def test_who_may_be_waiting_still_is_not_called_missing_for_certain(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr("fvops.device_communicators.roll_call._WINDOW_S", 0.1)
+    first, second = RollCall("a", 1, 0), RollCall("a", 1, 1)
+    both = "missing: place 1 (global rank 5), place 2 (global rank 6), of whom some may wait in it still"
+    assert first.describe("collective 1", range(3), [4, 5, 6]) == both
+    assert second.describe("collective 1", range(3), [4, 5, 6]) == "missing: place 2 (global rank 6)"
+
+
 class _Communicator:
     """As much of one as the warnings ask for."""
 

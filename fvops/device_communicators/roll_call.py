@@ -49,7 +49,8 @@ class RollCall:
             return f"who is missing cannot be told, the store is gone, and with it perhaps global rank 0 ({error})"
         if not absent:
             return "every rank of the group came to it, and it failed there too"
-        return self.names(absent, ranks)
+        # Over NCCL and HCCL one rank may fail seconds before another that waits for the same dead one.
+        return self.names(absent, ranks) + (", of whom some may wait in it still" if len(absent) > 1 else "")
 
     def waiting(self, call: str, places: Sequence[int], ranks: Sequence[int]) -> str:
         """Say who of `places` does not wait in `call`, as this rank has for long. Takes at most two seconds."""
