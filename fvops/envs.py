@@ -80,6 +80,9 @@ VARIABLES: dict[str, Variable] = {
     ),
     "FVOPS_NCCL_LIBRARY": Variable(str, None, "path of the NCCL library that pynccl loads; unset: it looks for one"),
     "FVOPS_HCCL_LIBRARY": Variable(str, None, "path of the HCCL library that pyhccl loads; unset: it looks for one"),
+    "FVOPS_STORE_LISTEN": Variable(
+        str, None, "the address of its machine on which rank 0 serves the world's store; unset: the one the ranks go to"
+    ),
     "RANK": Variable(int, 0, "this process's place in the world (set by torchrun)"),
     "WORLD_SIZE": Variable(int, 1, "how many processes there are (set by torchrun)"),
     "LOCAL_RANK": Variable(int, 0, "this process's place on its node (set by torchrun)"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from fvops.group_coordinator import GroupCoordinator, destroy_all_groups
 from fvops.logger import init_logger
 from fvops.node import get_same_node_ranks, is_the_same_node_as
 from fvops.platforms import default_backend, local_torch_device
+from fvops.rendezvous import start_torch_distributed
 
 __all__ = [
     "GroupCoordinator",
@@ -175,7 +175,9 @@ def init_distributed_environment(
         device_id: handed to ``init_process_group``; the groups' device.
 
     Raises:
-        RuntimeError: already initialized with another world size or rank, or the ranks run different fvops.
+        ValueError: `rank` is not in ``range(world_size)``.
+        RuntimeError: already initialized with another world size or rank, or the ranks run different fvops; or the
+            ranks do not meet within ``FVOPS_TIMEOUT_S``.
     """
     global _WORLD, _NODE, _STARTED_TORCH_DISTRIBUTED
     if _WORLD is not None:
@@ -187,15 +189,7 @@ def init_distributed_environment(
         return
     backend = default_backend() if backend is None else backend
     if not dist.is_initialized():
-        dist.init_process_group(
-            backend=backend,
-            init_method=distributed_init_method,
-            world_size=world_size,
-            rank=rank,
-            timeout=timedelta(seconds=envs.FVOPS_TIMEOUT_S),
-            # torch takes accelerators here only; the groups' device may be the CPU all the same.
-            device_id=None if device_id is None or device_id.type == "cpu" else device_id,
-        )
+        start_torch_distributed(backend, distributed_init_method, world_size, rank, device_id)
         _STARTED_TORCH_DISTRIBUTED = True
     elif (dist.get_world_size(), dist.get_rank()) != (world_size, rank):
         raise RuntimeError(

@@ -8,7 +8,6 @@ another sender, are never met.
 from __future__ import annotations
 
 import contextlib
-import socket
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import torch.distributed as dist
 
 from fvops import envs, store_messages
 from fvops.objects import Message, pack
+from fvops.rendezvous import listen
 from fvops.serialization import decode
 
 __all__ = ["StatelessProcessGroup"]
@@ -112,7 +112,7 @@ class StatelessProcessGroup:
             raise ValueError(f"port={port} is no TCP port; 1 to 65535 are")
         deadline = timedelta(seconds=envs.deadline(timeout_s))
         # Given no socket, torch's store listens on all interfaces.
-        listening: dict[str, Any] = {} if rank else {"master_listen_fd": _listen(host, port)}
+        listening: dict[str, Any] = {} if rank else {"master_listen_fd": _listening_descriptor(host, port)}
         try:
             store = dist.TCPStore(
                 host, port, is_master=rank == 0, timeout=deadline, wait_for_workers=False, **listening
@@ -317,20 +317,11 @@ class StatelessProcessGroup:
             )
 
 
-def _listen(host: str, port: int) -> int:
+def _listening_descriptor(host: str, port: int) -> int:
     """A descriptor that listens on ``host:port`` and no other address; the store closes it."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(128)
-        except OSError:
-            listener.close()
-            raise
+        return listen(host, port).detach()
     except OSError as error:
         raise RuntimeError(
             f"rank 0 cannot listen on {host}:{port}, which must be an address of its machine and a free port: {error}"
         ) from error
-    return listener.detach()
