@@ -1,18 +1,22 @@
 """``python -m fvops.doctor``: is everything that fvops needs here, and does an exchange work?
 
-Alone it looks at this machine; under torchrun it also makes the groups and exchanges tensors for about a second:
-``torchrun --nproc-per-node 4 -m fvops.doctor``. Exit code 0 only if all is well.
+It looks at this machine, makes the groups and exchanges tensors for about a second: between two processes that it
+starts here, or under torchrun between all ranks: ``torchrun --nproc-per-node 4 -m fvops.doctor``. Exit code 0 only if
+all is well.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
 import shutil
+import socket
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,11 +26,14 @@ from fvops._version import __version__
 from fvops.device_communicators.library_loading import LibraryNotFoundError
 from fvops.platforms import default_backend, local_torch_device
 
-__all__ = ["Report", "examine_exchange", "examine_machine", "main"]
+__all__ = ["Report", "examine_exchange", "examine_here", "examine_machine", "main"]
 
 _TORCH_SINCE = (2, 11)
 _SHM_WANTED = 256 << 20
 _SECONDS = 1.0
+# Of the exchange between processes started here: how many, how long each waits for the other, and all together.
+_PROCESSES, _WAIT_S, _ALL_S = 2, 30.0, 120.0
+_OK, _WRONG = "ok  ", "!!  "
 _SHAPE_S, _HEADS, _HEAD_SIZE = 512, 8, 128
 
 
@@ -40,7 +47,7 @@ class Report:
     def say(self, what: str, found: object, problem: str = "") -> None:
         """Add a line; `problem` says what is wrong with it and what would be right."""
         self.problems += bool(problem)
-        self.lines.append(f"{'!!' if problem else 'ok'}  {what:<22} {found}{f'  <- {problem}' if problem else ''}")
+        self.lines.append(f"{_WRONG if problem else _OK}{what:<22} {found}{f'  <- {problem}' if problem else ''}")
 
 
 def examine_machine(report: Report) -> None:
@@ -109,18 +116,79 @@ def examine_exchange(report: Report) -> None:
         parallel_state.cleanup_dist_env_and_memory()
 
 
-def main() -> int:
+def examine_here(report: Report) -> None:
+    """`examine_exchange` between two processes that are started on this machine; None stays."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {
+        **os.environ,
+        "WORLD_SIZE": str(_PROCESSES),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "FVOPS_TIMEOUT_S": str(min(_WAIT_S, envs.FVOPS_TIMEOUT_S)),
+    }
+    if torch.cuda.is_available() and torch.cuda.device_count() < _PROCESSES:
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+        report.say("exchange", f"on CPUs: {_PROCESSES} processes need a GPU each, and there is one")
+    command = [sys.executable, "-m", "fvops.doctor", "--exchange-only"]
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(_PROCESSES)
+    ]
+    until = time.monotonic() + _ALL_S
+    try:
+        for rank, process in enumerate(processes):
+            _take_over(report, rank, process, until)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _take_over(report: Report, rank: int, process: subprocess.Popen[str], until: float) -> None:
+    """Add to the report what that rank has found; rank 0 alone tells of what is well."""
+    try:
+        output, _ = process.communicate(timeout=max(0.0, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        report.say("exchange", f"rank {rank} of {_PROCESSES} is not done", f"it was stopped after {_ALL_S:g} s")
+        return
+    lines = output.splitlines()
+    wrong = [line for line in lines if line.startswith(_WRONG)]
+    report.lines += [line for line in lines if line.startswith(_OK) and rank == 0] + wrong
+    report.problems += len(wrong)
+    if process.returncode and not wrong:
+        said = lines[-1] if lines else "it said nothing"
+        report.say("exchange", f"rank {rank} of {_PROCESSES} ended with exit code {process.returncode}", said)
+
+
+def main(arguments: Sequence[str] = ()) -> int:
     """Print the report of this rank 0; the exit code of every rank says whether its own is well."""
+    parser = argparse.ArgumentParser(prog="fvops.doctor", description=__doc__)
+    parser.add_argument("--no-exchange", action="store_true", help="look at this machine only")
+    parser.add_argument("--exchange-only", action="store_true", help="only what needs other ranks, which are there")
+    options = parser.parse_args(arguments)
     report = Report()
-    examine_machine(report)
-    if "RANK" in os.environ and envs.WORLD_SIZE > 1:
+    if not options.exchange_only:
+        examine_machine(report)
+    if options.no_exchange:
+        report.say("exchange", "not tried, as asked")
+    elif "RANK" in os.environ and envs.WORLD_SIZE > 1:
         try:
             examine_exchange(report)
         except (RuntimeError, ValueError) as error:
-            report.say("exchange", "failed", str(error))
+            report.say("exchange", f"failed on rank {envs.RANK}", str(error))
     else:
-        report.say("exchange", "not tried: one process; torchrun --nproc-per-node N -m fvops.doctor does")
-    if envs.RANK == 0 or report.problems:
+        examine_here(report)
+    if options.exchange_only:
+        print("\n".join(report.lines), flush=True)
+    elif envs.RANK == 0 or report.problems:
         heading = f"fvops doctor, rank {envs.RANK} of {envs.WORLD_SIZE}"
         verdict = "all is well" if report.problems == 0 else f"{report.problems} problem(s), marked !!"
         print("\n".join([heading, *report.lines, verdict]), flush=True)
@@ -168,4 +236,4 @@ def _load_hccl() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
