@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from fvops import compiler
 from fvops._version import __version__
+from fvops.formation import settling
 from fvops.torch_compat import all_gather_flat
 
 __all__ = ["agree_on_max", "check_same_ops", "fingerprint", "fresh_number"]
@@ -23,7 +24,8 @@ _FINGERPRINT_BYTES = 128
 def agree_on_max(number: int, cpu_group: dist.ProcessGroup) -> int:
     """The largest of the ranks' numbers, on every rank. Collective."""
     agreed = torch.tensor(number)
-    dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=cpu_group)
+    with settling("a number", cpu_group):
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=cpu_group)
     return int(agreed)
 
 
@@ -44,7 +46,8 @@ def check_same_ops(cpu_group: dist.ProcessGroup) -> None:
     text = fingerprint().encode()[:_FINGERPRINT_BYTES]
     own[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     everyone = torch.zeros(dist.get_world_size(cpu_group) * _FINGERPRINT_BYTES, dtype=torch.uint8)
-    all_gather_flat(everyone, own, group=cpu_group)
+    with settling("whether all run the same fvops", cpu_group):
+        all_gather_flat(everyone, own, group=cpu_group)
     found = [bytes(row.tolist()).rstrip(b"\0").decode() for row in everyone.view(-1, _FINGERPRINT_BYTES)]
     if len(set(found)) > 1:
         listed = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(found))

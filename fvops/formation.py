@@ -1,7 +1,9 @@
-"""Making torch's process groups for a coordinator, with errors that say which group it was and what is not there."""
+"""Making groups: torch's process groups, and what their ranks settle; errors say which group and what is not there."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch.distributed as dist
 
 from fvops.torch_compat import new_group
 
-__all__ = ["process_groups"]
+__all__ = ["process_groups", "settling"]
 
 
 def process_groups(ranks: list[int], backend: str, name: str, timeout_s: float) -> tuple[Any, Any]:
@@ -25,6 +27,22 @@ def process_groups(ranks: list[int], backend: str, name: str, timeout_s: float) 
         raise RuntimeError(
             f"group {name!r} of global ranks {ranks} could not be made (deadline {timeout_s:g} s): {_why()}. "
             f"Torch says: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+
+
+@contextlib.contextmanager
+def settling(what: str, cpu_group: dist.ProcessGroup) -> Iterator[None]:
+    """Around collectives over `cpu_group` in which its ranks settle something before they work together.
+
+    Raises:
+        RuntimeError: one failed: a rank has died, or did not come within the process group's deadline.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch's and gloo's
+        raise RuntimeError(
+            f"the global ranks {dist.get_process_group_ranks(cpu_group)} could not settle {what}: {_why()}, or did not "
+            f"come in time. Torch says: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
 
 

@@ -10,12 +10,14 @@ import tempfile
 import torch
 import torch.distributed as dist
 
+from fvops.formation import settling
 from fvops.stateless_process_group import StatelessProcessGroup
 from fvops.torch_compat import all_gather_flat
 
 __all__ = ["get_same_node_ranks", "is_the_same_node_as"]
 
 _TOKEN_BYTES = 32
+_SETTLED = "which of them share a node"
 
 
 def is_the_same_node_as(pg: dist.ProcessGroup | StatelessProcessGroup, source_rank: int = 0) -> list[bool]:
@@ -82,7 +84,8 @@ def _broadcast(pg: dist.ProcessGroup | StatelessProcessGroup, data: bytes, src: 
             raise RuntimeError(f"rank {src} sent no secret of {len(data)} bytes")
         return received
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    dist.broadcast(buffer, src=dist.get_global_rank(pg, src), group=pg)
+    with settling(_SETTLED, pg):
+        dist.broadcast(buffer, src=dist.get_global_rank(pg, src), group=pg)
     return buffer.numpy().tobytes()
 
 
@@ -90,14 +93,16 @@ def _barrier(pg: dist.ProcessGroup | StatelessProcessGroup) -> None:
     if isinstance(pg, StatelessProcessGroup):
         pg.barrier()
     else:
-        dist.barrier(group=pg)
+        with settling(_SETTLED, pg):
+            dist.barrier(group=pg)
 
 
 def _gather_flags(pg: dist.ProcessGroup | StatelessProcessGroup, flag: bool, places: int) -> list[bool]:
     if isinstance(pg, StatelessProcessGroup):
         return [bool(other) for other in pg.all_gather_obj(flag)]
     everyone = torch.zeros(places, dtype=torch.uint8)
-    all_gather_flat(everyone, torch.tensor([flag], dtype=torch.uint8), group=pg)
+    with settling(_SETTLED, pg):
+        all_gather_flat(everyone, torch.tensor([flag], dtype=torch.uint8), group=pg)
     return [bool(other) for other in everyone]
 
 

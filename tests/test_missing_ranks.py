@@ -84,3 +84,51 @@ def test_a_group_that_a_rank_does_not_make_is_said_not_to_be_made() -> None:
     )
     assert texts[0].startswith(began), texts
     assert texts[1] == ""
+
+
+def _settle_without(absent: int) -> list[str]:
+    """What each way to settle something says when a rank does not come, each over a process group of its own."""
+    import torch.distributed as dist
+
+    from fvops.agreement import agree_on_max, check_same_ops
+    from fvops.device_communicators.shm.creation import form_segments
+    from fvops.device_communicators.symmetric_creation import agree
+    from fvops.node import is_the_same_node_as
+    from tests.worlds import initialized
+
+    told = []
+    with initialized():
+        P, here = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+        store = dist.distributed_c10d._get_default_store()
+        groups = [dist.new_group(list(range(P)), backend="gloo", timeout=timedelta(seconds=1)) for _ in range(5)]
+        if here == absent:
+            store.wait([f"settled/{place}" for place in range(P) if place != absent], timedelta(seconds=60))
+            return []
+        for settle, group in zip(
+            (
+                lambda group: agree_on_max(3, group),
+                check_same_ops,
+                is_the_same_node_as,
+                lambda group: form_segments(group, "", 1 << 20, None, "/dev/shm"),
+                lambda group: agree(group, ""),
+            ),
+            groups,
+            strict=True,
+        ):
+            with pytest.raises(RuntimeError) as caught:
+                settle(group)
+            told.append(str(caught.value))
+        store.set(f"settled/{here}", "")
+    return told
+
+
+def test_what_cannot_be_settled_without_a_rank_is_said() -> None:
+    told, nothing = Ranks.get(2).run(_settle_without, 1, initialize=False, deadline_s=100)
+    assert nothing == []
+    for what, text in zip(
+        ("a number", "whether all run", "which of them share", "a transport over shared", "a transport over symm"),
+        told,
+        strict=True,
+    ):
+        assert text.startswith(f"the global ranks [0, 1] could not settle {what}"), text
+        assert "a rank of the world has died, or makes no such group, or did not come in time" in text

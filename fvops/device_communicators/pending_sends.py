@@ -24,7 +24,7 @@ class PendingSends:
         self._name = name
         self._queue: queue.SimpleQueue[tuple[Callable[[], Any], Any] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._failure: RuntimeError | None = None
+        self._failure: Exception | None = None
 
     def add(self, see_through: Callable[[], Any], buffer: Any) -> None:
         """Call `see_through`, which reads `buffer` until it returns."""
@@ -56,6 +56,6 @@ class PendingSends:
             see_through, buffer = item
             try:
                 see_through()
-            except RuntimeError as error:
+            except Exception as error:  # whatever it is: `raise_failure` tells it, and later sends go on
                 self._failure = self._failure or error
             del see_through, buffer, item

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from fvops.device_communicators.symmetric_buffer import SymmetricBuffer
+from fvops.formation import settling
 from fvops.torch_compat import all_gather_flat
 
 __all__ = ["agree", "form_buffers"]
@@ -20,7 +21,8 @@ def agree(cpu_group: dist.ProcessGroup, refusal: str) -> str:
     if text:
         own[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     everyone = torch.zeros(dist.get_world_size(cpu_group) * _MESSAGE_BYTES, dtype=torch.uint8)
-    all_gather_flat(everyone, own, group=cpu_group)
+    with settling("a transport over symmetric memory", cpu_group):
+        all_gather_flat(everyone, own, group=cpu_group)
     for place, row in enumerate(everyone.view(-1, _MESSAGE_BYTES)):
         found = bytes(row.tolist()).rstrip(b"\0").decode(errors="replace")
         if found:

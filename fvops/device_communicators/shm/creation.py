@@ -21,6 +21,7 @@ from fvops.device_communicators.shm import futex, unnamed_file
 from fvops.device_communicators.shm.peers import Peer
 from fvops.device_communicators.shm.segment import Segment, reserve
 from fvops.device_communicators.shm.segment_layout import PAGE, SLOTS, SegmentLayout, round_up
+from fvops.formation import settling
 from fvops.torch_compat import all_gather_flat
 
 __all__ = ["Formation", "form_segments"]
@@ -123,7 +124,8 @@ def _tell(cpu_group: dist.ProcessGroup, message: dict[str, Any]) -> list[dict[st
     own = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
     own[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     everyone = torch.zeros(dist.get_world_size(cpu_group) * _MESSAGE_BYTES, dtype=torch.uint8)
-    all_gather_flat(everyone, own, group=cpu_group)
+    with settling("a transport over shared memory", cpu_group):
+        all_gather_flat(everyone, own, group=cpu_group)
     return [json.loads(bytes(row.tolist()).rstrip(b"\0")) for row in everyone.view(-1, _MESSAGE_BYTES)]
 
 
