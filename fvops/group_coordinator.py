@@ -23,7 +23,7 @@ from fvops.debug import patience
 from fvops.device_communicators.base_device_communicator import DeviceCommunicatorBase
 from fvops.device_communicators.choice import build_communicator
 from fvops.device_communicators.shm_broadcast import MessageQueue
-from fvops.formation import process_groups
+from fvops.formation import process_groups, settling
 from fvops.graph_capture import capture_on_side_stream
 from fvops.group_objects import GroupObjects
 from fvops.logger import init_logger
@@ -160,12 +160,13 @@ class GroupCoordinator(GroupObjects):
         deadline = envs.deadline(timeout_s)
         cpu_group, owned_groups = pg, []
         if dist.get_backend(pg) != "gloo":
-            cpu_group = dist.new_group(
-                dist.get_process_group_ranks(pg),
-                backend="gloo",
-                timeout=timedelta(seconds=deadline),
-                use_local_synchronization=True,
-            )
+            with settling("a gloo group beside it", pg):
+                cpu_group = dist.new_group(
+                    dist.get_process_group_ranks(pg),
+                    backend="gloo",
+                    timeout=timedelta(seconds=deadline),
+                    use_local_synchronization=True,
+                )
             owned_groups = [cpu_group]
         self = cls.__new__(cls)
         self.timeout_s = deadline
