@@ -152,6 +152,8 @@ def _act_inside(fault: Fault, act: Callable[[], Any], programs: Programs) -> tup
     """Act while the main thread is in a call. The others come to it afterwards: else it might end before."""
     acts = [lambda: _store().set("acting", ""), act]
     if fault.act == "raise":
+        # Where the tests run in the background of a shell, interrupts are ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         acts = [_thread.interrupt_main, acts[0]]
     thread = threading.Thread(target=_once_inside, args=acts)
     thread.start()
@@ -237,7 +239,8 @@ def _see_off(fault: Fault, P: int) -> None:
     """Rank 0, which has the store, leaves once all others were told; a stopped one, which can never go on, it ends."""
     if fault.act == "store":
         return
-    _store().wait([f"told/{place}" for place in range(P) if place != fault.culprit(P)], _PATIENCE)
+    told = [f"told/{place}" for place in range(P) if place != fault.culprit(P) or fault.checked]
+    _store().wait(told, _PATIENCE)
     if fault.act == "stop":
         os.kill(int(_store().get(f"pid/{P - 1}")), signal.SIGKILL)
 
