@@ -25,7 +25,8 @@ def _doctor(arguments: list[str], **variables: str) -> tuple[int, str]:
     run = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env={**inherited, "PYTHONPATH": str(ROOT), **variables},
+        # Two ranks, however many GPUs there are.
+        env={**inherited, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -72,6 +73,7 @@ def test_a_rank_that_dies_is_a_problem(tmp_path: Path) -> None:
 def test_one_that_is_not_done_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(doctor, "_ALL_S", 0.1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # else more is said where there is one GPU
     report = doctor.Report()
     doctor.examine_here(report)
     assert report.problems == 2
