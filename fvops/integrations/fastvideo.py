@@ -113,10 +113,11 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Undo `install`: FastVideo's own modules are back, in ``sys.modules`` and wherever `install` replaced names.
+    """Undo `install`: FastVideo's own modules are back, in ``sys.modules`` and where its modules hold names of fvops.
 
-    Not undone: what modules took from ``fastvideo.distributed`` while it was fvops, by being imported then or by an
-    import inside a function that keeps the result. They go on with fvops until they are imported afresh.
+    That is what `install` replaced, and what modules took from ``fastvideo.distributed`` while it was fvops, for which
+    FastVideo's own is imported; a name that it lacks, or cannot be imported for, stays fvops', with a warning. Objects
+    that were made with fvops meanwhile stay what they are.
     """
     global _installation
     if _installation is None:
@@ -135,6 +136,7 @@ def uninstall() -> None:
         elif hasattr(parent, "distributed"):
             del parent.distributed
     _installation = None
+    _hand_back()
 
 
 def _rebind(installation: _Installation) -> None:
@@ -157,6 +159,47 @@ def _rebind(installation: _Installation) -> None:
                 continue
             setattr(module, attribute, ours)
             installation.bindings.append((module, attribute, theirs, ours))
+
+
+def _hand_back() -> None:
+    """In the modules of FastVideo that are loaded, put FastVideo's own where something is that came from fvops."""
+    for name, module in list(sys.modules.items()):
+        if not name.startswith("fastvideo") or module is None or f"{name}.".startswith(f"{_PACKAGE}."):
+            continue
+        for attribute, ours in list(vars(module).items()):
+            places = _places(ours)
+            theirs = next(filter(None, map(_own, places)), None)
+            if theirs is not None:
+                setattr(module, attribute, theirs)
+            elif places:
+                where = " or ".join(place for place, _ in places)
+                logger.warning("%s.%s stays fvops': FastVideo's cannot be had from %s here", name, attribute, where)
+
+
+def _places(ours: Any) -> list[tuple[str, str]]:
+    """(module of FastVideo, name there; "" for the module itself): from where `ours` can have come. Others: none."""
+    if isinstance(ours, _Alias):
+        return [(ours.__name__, "")]
+    qualname = getattr(ours, "__qualname__", None)
+    if not isinstance(qualname, str) or not str(getattr(ours, "__module__", "")).startswith("fvops"):
+        return []
+    found = []
+    # What the package gives comes from one of its modules: those first.
+    for theirs, target in reversed(_TARGETS.items()):
+        loaded = sys.modules.get(target)
+        if loaded is not None and getattr(loaded, qualname, None) is ours:
+            found.append((theirs, qualname))
+    return found
+
+
+def _own(place: tuple[str, str]) -> Any:
+    """FastVideo's own object there; None where it has none, or its module cannot be imported."""
+    module, name = place
+    try:
+        own = importlib.import_module(module)
+    except ImportError:
+        return None
+    return getattr(own, name, None) if name else own
 
 
 def _home(installation: _Installation, theirs: Any) -> ModuleType | None:
