@@ -1,12 +1,15 @@
-"""What this process holds that a group may have left behind: compared before and after."""
+"""What this process holds that a group may have left behind, compared before and after; and what it held in between."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 
-__all__ = ["held"]
+__all__ = ["held", "resident_within"]
 
 _LISTENS = "0A"
 # How /proc lists files without a name: segments and queues.
@@ -59,3 +62,18 @@ def _children() -> int:
         except FileNotFoundError:  # the thread has ended
             continue
     return count
+
+
+@contextlib.contextmanager
+def resident_within(nbytes: int) -> Iterator[None]:
+    """AssertionError if at any moment inside more than `nbytes` more were resident than before: Python's and C++'s."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _resident("VmRSS")
+    yield
+    peak = _resident("VmHWM")
+    assert peak - before < nbytes, f"{peak - before} bytes more than before were resident"
+
+
+def _resident(what: str) -> int:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{what}:")]
+    return int(line.split()[1]) << 10

@@ -26,6 +26,7 @@ from fvops.serialization import add_safe_globals, decode, encode
 from fvops.utils import StatelessProcessGroup
 from tests.draws import profile
 from tests.harness import Ranks
+from tests.remains import resident_within
 from tests.test_message_queue import _queue
 from tests.test_objects import Hostile
 
@@ -86,6 +87,10 @@ def _receive(manifest: bytearray) -> Any:
     return tensor_dict.receive(manifest, torch.device("cpu"), "test", lambda _, tensor: None, Wire())
 
 
+# What torch and numpy take too, beside what Python traces.
+_MOST_RESIDENT = 64 << 20
+
+
 def _fuzz(cases: int, seed: int) -> None:
     draw, frame = random.Random(seed), _frame()
     manifest = encode(((2, 1), [(torch.float32, (2, 3), "cpu")], bytes(encode({"x": 1}))))
@@ -102,12 +107,14 @@ def _fuzz(cases: int, seed: int) -> None:
 
 
 def test_mutated_frames() -> None:
-    _fuzz(200, seed=1)
+    with resident_within(_MOST_RESIDENT):
+        _fuzz(200, seed=1)
 
 
 @pytest.mark.slow
 def test_mutated_frames_by_the_thousand() -> None:
-    _fuzz(10_000, seed=2)
+    with resident_within(_MOST_RESIDENT):
+        _fuzz(10_000, seed=2)
 
 
 @given(data=st.binary(max_size=60))

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from fvops.serialization import decode, encode
 from fvops.utils import StatelessProcessGroup
 from tests.harness import Ranks
-from tests.test_hostile_bytes import _frame, _mutated, _pickles, _ring
+from tests.remains import resident_within
+from tests.test_hostile_bytes import _MOST_RESIDENT, _frame, _mutated, _pickles, _ring
 from tests.test_message_queue import _queue
 
 _MOST_BYTES = 5 << 20
@@ -102,22 +103,23 @@ def _fuzz_queue(folder: str, cases: int, seed: int) -> int:
     from fvops.objects import Message
 
     draw, frames, queue, refused = random.Random(seed), _frames(Path(folder)), _queue(), 0
-    for number in range(cases):
-        frame = _mutated(_some_frame(draw, frames), draw)
-        if fvops.get_sp_group().rank_in_group == 0:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(objects, "pack", lambda *_, frame=frame: Message(frame))
-                queue.enqueue(1)
-            continue
 
-        def read() -> None:
-            nonlocal refused
-            try:
-                queue.dequeue()
-            except _REFUSED:
-                refused += 1
+    def read() -> None:
+        nonlocal refused
+        try:
+            queue.dequeue()
+        except _REFUSED:
+            refused += 1
 
-        _within_bounds(read, number)
+    with resident_within(_MOST_RESIDENT):
+        for number in range(cases):
+            frame = _mutated(_some_frame(draw, frames), draw)
+            if fvops.get_sp_group().rank_in_group == 0:
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(objects, "pack", lambda *_, frame=frame: Message(frame))
+                    queue.enqueue(1)
+            else:
+                _within_bounds(read, number)
     if fvops.get_sp_group().rank_in_group == 0:
         queue.enqueue({"honest": 1})
     else:
@@ -131,13 +133,15 @@ _CASES = [200, pytest.param(10_000, marks=pytest.mark.slow)]
 @pytest.mark.parametrize("cases", _CASES)
 def test_a_live_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cases: int) -> None:
     monkeypatch.setenv("FVOPS_TIMEOUT_S", "0.02")
-    assert _fuzz_store(tmp_path, cases, seed=cases) < cases
+    with resident_within(_MOST_RESIDENT):
+        assert _fuzz_store(tmp_path, cases, seed=cases) < cases
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("cases", _CASES)
 def test_a_live_ring(tmp_path: Path, cases: int) -> None:
-    assert _fuzz_ring(tmp_path, cases, seed=cases) < cases
+    with resident_within(_MOST_RESIDENT):
+        assert _fuzz_ring(tmp_path, cases, seed=cases) < cases
     assert [path.name for path in tmp_path.iterdir()] == ["ring"]
 
 
