@@ -173,11 +173,12 @@ def _check(
         drawn["may absorb"] += passes["absorb"] and opened_up
 
     check()
-    # So that a change to the drawing cannot quietly leave the passes nothing to do.
+    # So that a change to the drawing cannot quietly leave the passes nothing to do. A few programs can happen to have
+    # nothing for one of them.
     assert drawn["programs"] >= count
-    assert drawn["split"] > 0 or drawn["overlap without a small limit"] < 2
+    assert drawn["split"] > 0 or drawn["overlap without a small limit"] < (2 if alike else 5)
     assert drawn["absorbed"] > 0 or drawn["may absorb"] < (1 if alike else 3)
-    assert drawn["compiled"] < drawn["eager"] or drawn["merge without a small limit"] < 2
+    assert drawn["compiled"] < drawn["eager"] or drawn["merge without a small limit"] < (2 if alike else 5)
     if alike:
         assert drawn["dropped"] > 0
 
