@@ -6,7 +6,7 @@ there is a rank; files need no socket. Those are left to torch.
 
 Worlds at one port, one after another: a rank that begins anew before rank 0 has let go of the old server must not meet
 there, which torch's rendezvous does, and hangs. So rank 0 puts a name of the world into its store, all keys are below
-it, and no rank takes the name that it has met already.
+it, and no rank joins a world twice.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ __all__ = ["listen", "start_torch_distributed"]
 
 logger = init_logger(__name__)
 
-# The key under which rank 0 says which world its store is for; by host and port, the last one that this process was in.
+# The key under which rank 0 says which world its store is for.
 _WORLD = "fvops/world"
-_met: dict[tuple[str, int], str] = {}
 _AGAIN_S = 0.02
 _LISTENING = "0A"  # in the kernel's tables of sockets
 
@@ -105,8 +104,8 @@ def _store(host: str, port: int, rank: int, world_size: int, deadline: timedelta
     descriptor = _listening_descriptor(host, port) if rank == 0 else None
     missing = [] if rank == 0 else [0]
     try:
-        store, world = _serve(descriptor, host, port, until) if rank == 0 else _find(host, port, until)
-        scoped = dist.PrefixStore(f"fvops/world/{world}", store)
+        store, world = _serve(descriptor, host, port, until) if rank == 0 else _find(host, port, rank, until)
+        scoped = dist.PrefixStore(f"{_WORLD}/{world}", store)
         scoped.set(f"here/{rank}", "")
         for other in range(world_size):
             missing = [other]
@@ -125,7 +124,8 @@ def _store(host: str, port: int, rank: int, world_size: int, deadline: timedelta
 def _serve(descriptor: int | None, host: str, port: int, until: float) -> tuple[dist.Store, str]:
     """A store that this process serves, and what tells the world that is being made from others at this port."""
     named = envs.FVOPS_STORE_LISTEN
-    own_host = host if named is None or ipaddress.ip_address(named).is_unspecified else named
+    everywhere = named is not None and _is_number(named) and ipaddress.ip_address(named).is_unspecified
+    own_host = host if named is None or everywhere else named
     # multi_tenant: a server that this process still has at the port goes on.
     store = dist.TCPStore(
         own_host, port, None, True, _left(until), False, multi_tenant=True, master_listen_fd=descriptor
@@ -135,17 +135,14 @@ def _serve(descriptor: int | None, host: str, port: int, until: float) -> tuple[
     return store, world
 
 
-def _find(host: str, port: int, until: float) -> tuple[dist.Store, str]:
-    """The store that rank 0 serves now. A server that this process met in already is on its way out: not that one."""
+def _find(host: str, port: int, rank: int, until: float) -> tuple[dist.Store, str]:
+    """The store that rank 0 serves now. Where this rank has joined before, an earlier world is on its way out."""
     while True:
         store = dist.TCPStore(host, port, None, False, _left(until), False)
-        try:
+        with contextlib.suppress(dist.DistNetworkError):  # it went out meanwhile
             world = store.get(_WORLD).decode()
-        except dist.DistNetworkError:  # it went out meanwhile
-            world = _met.get((host, port), "")
-        if world != _met.get((host, port), ""):
-            _met[host, port] = world
-            return store, world
+            if store.add(f"{_WORLD}/{world}/joined/{rank}", 1) == 1:
+                return store, world
         del store
         if time.monotonic() + _AGAIN_S > until:
             raise RuntimeError("the server of an earlier world is still there, and no later one came")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 
 import pytest
 import torch
@@ -103,6 +104,22 @@ def test_worlds_at_one_port_do_not_meet(ranks: Ranks) -> None:
     assert (
         ranks.run(_kept, _free_port(), initialize=False, deadline_s=100) == [[ranks.world_size] * 3] * ranks.world_size
     )
+
+
+def test_a_new_process_does_not_join_an_old_world() -> None:
+    """Rank 1 died and was started anew, while rank 0 still serves the world that it had been in."""
+    port = _free_port()
+    until = time.monotonic() + 5
+    descriptor = rendezvous._listening_descriptor("127.0.0.1", port)
+    old, world = rendezvous._serve(descriptor, "127.0.0.1", port, until)
+    assert rendezvous._find("127.0.0.1", port, 1, until)[1] == world
+    with pytest.raises(RuntimeError, match="the server of an earlier world is still there, and no later one came"):
+        rendezvous._find("127.0.0.1", port, 1, time.monotonic() + 0.5)
+    # Rank 0 begins anew in the process whose store is in use still.
+    assert rendezvous._listening_descriptor("127.0.0.1", port) is None
+    again, later = rendezvous._serve(None, "127.0.0.1", port, until)
+    assert rendezvous._find("127.0.0.1", port, 1, until)[1] == later != world
+    del old, again
 
 
 def test_an_address_of_another_machine(brief: None) -> None:
