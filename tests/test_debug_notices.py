@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 from typing import Any
 
 import pytest
@@ -12,6 +14,8 @@ from fvops.debug.board import Board
 from fvops.debug.fingerprint import Fingerprint
 from fvops.debug.processes import this_process
 from fvops.debug.standstill import Notice, notice_key, seen_last
+from tests.remains import resident_within
+from tests.test_hostile_bytes import _MOST_RESIDENT, _mutated
 
 _GOOD = Notice(
     Fingerprint("sp:0", "all_gather", 3, [[2, 3]], ["float32"], {"dim": 1}, "a.py:1 in f"),
@@ -53,6 +57,23 @@ _GARBAGE = [
     _changed(over=1),
     _changed(failed=0),
 ]
+
+
+@pytest.mark.parametrize("cases", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_changed_notices(cases: int) -> None:
+    """As the board reads bytes: a notice, or the error that says whose it is."""
+    draw, good, told = random.Random(cases), _GOOD.encode().encode(), []
+    with resident_within(_MOST_RESIDENT):
+        for _ in range(cases):
+            text = _mutated(bytearray(good), draw).decode(errors="replace")
+            try:
+                Notice.decode(text, 2)
+            except RuntimeError as error:
+                told.append(str(error))
+            with contextlib.suppress(RuntimeError):
+                Fingerprint.decode(text)
+    assert cases / 3 < len(told) <= cases
+    assert all("global rank 2" in text for text in told)
 
 
 def test_a_notice_survives() -> None:

@@ -59,6 +59,17 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         del sys.modules[name]
 
 
+@contextlib.contextmanager
+def _heard(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Inside, `caplog` hears the integration's logger, whoever else does."""
+    target = logging.getLogger(integration.__name__)
+    target.addHandler(caplog.handler)
+    try:
+        yield
+    finally:
+        target.removeHandler(caplog.handler)
+
+
 def _layers() -> Any:
     return importlib.import_module("fastvideo.layers")
 
@@ -107,12 +118,8 @@ def test_a_name_that_fvops_lacks_is_warned_about(stand_in: None, caplog: pytest.
     layers = _layers()
     layers.state.frobnicate = type("frobnicate", (), {"__module__": layers.state.__name__})
     layers.renamed = layers.state.frobnicate
-    target = logging.getLogger(integration.__name__)
-    target.addHandler(caplog.handler)
-    try:
+    with _heard(caplog):
         integration.install()
-    finally:
-        target.removeHandler(caplog.handler)
     (text,) = {record.getMessage() for record in caplog.records}
     assert text.startswith("fastvideo.layers.renamed stays FastVideo's own")
     assert "fastvideo.distributed.parallel_state is fvops' here" in text
@@ -137,12 +144,8 @@ def test_what_fastvideo_cannot_have_back_stays_and_is_warned_about(
     integration.install()
     layers = _layers()
     layers.reduce = importlib.import_module("fastvideo.distributed.communication_op").tensor_model_parallel_all_reduce
-    target = logging.getLogger(integration.__name__)
-    target.addHandler(caplog.handler)
-    try:
+    with _heard(caplog):
         integration.uninstall()
-    finally:
-        target.removeHandler(caplog.handler)
     assert layers.reduce is fvops.tensor_model_parallel_all_reduce
     assert layers.group() == "theirs"
     (text,) = {record.getMessage() for record in caplog.records}

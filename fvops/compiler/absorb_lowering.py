@@ -1,9 +1,9 @@
 """How Inductor runs the sums of products that `absorb` writes: as a call, on operands as they lie.
 
-Left to itself Inductor would make a fallback the first time it meets the op; met first in a backward graph it would
-copy every operand that is not contiguous.
+Left to itself Inductor would make a fallback the first time it meets the op, and choose its own constraint on the
+operands' strides; this one has none. Today both give the same kernels: no test fails without it.
 
-Checked on torch 2.11 and 2.13; `compile_tests/test_pass_absorb.py` fails when operands are copied.
+Checked on torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
