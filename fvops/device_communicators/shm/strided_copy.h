@@ -6,14 +6,15 @@
 #ifndef FVOPS_STRIDED_COPY_H
 #define FVOPS_STRIDED_COPY_H
 
+#include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-/* Rows of at least so many bytes may be streamed. */
-enum { MOST_AXES = 4, STREAMED_ROW = 256 };
+/* Rows of at least so many bytes may be streamed; of up to so many, the next one is fetched meanwhile. */
+enum { MOST_AXES = 4, STREAMED_ROW = 256, FETCHED_ROW = 8192 };
 
 /* A strided copy: `row` bytes that are contiguous on both sides, over axes, innermost first, unused ones of size 1. */
 typedef struct {
@@ -21,30 +22,42 @@ typedef struct {
 } Geometry;
 
 #if defined(__x86_64__)
-__attribute__((target("avx2"))) static void stream_row(char *to, const char *from, int64_t bytes) {
-    int64_t head = -(intptr_t)to & 31;
+/* A line at `from`, past the cache to the line `to`. Its halves are stored one after the other, and the compiler is kept
+   from moving them: a line that is begun and left is written twice. */
+__attribute__((target("avx2"))) static inline void stream_line(char *to, const char *from) {
+    __m256i a = _mm256_loadu_si256((const __m256i *)from), b = _mm256_loadu_si256((const __m256i *)(from + 32));
+    _mm256_stream_si256((__m256i *)to, a), _mm256_stream_si256((__m256i *)(to + 32), b);
+    atomic_signal_fence(memory_order_seq_cst);
+}
+
+/* `next`: what is read after this row, NULL where the processor finds it itself. Rows with gaps between them leave each page
+   soon, and what fetches ahead in hardware stops at a page's end. Fetching what is not mapped does nothing. */
+__attribute__((target("avx2"))) static void stream_row(char *to, const char *from, int64_t bytes, const char *next) {
+    int64_t head = -(intptr_t)to & 63;
     memcpy(to, from, head);
     to += head, from += head, bytes -= head;
-    for (; bytes >= 128; to += 128, from += 128, bytes -= 128) {
-        __m256i a = _mm256_loadu_si256((const __m256i *)from), b = _mm256_loadu_si256((const __m256i *)(from + 32));
-        __m256i c = _mm256_loadu_si256((const __m256i *)(from + 64)), d = _mm256_loadu_si256((const __m256i *)(from + 96));
-        _mm256_stream_si256((__m256i *)to, a), _mm256_stream_si256((__m256i *)(to + 32), b);
-        _mm256_stream_si256((__m256i *)(to + 64), c), _mm256_stream_si256((__m256i *)(to + 96), d);
-    }
+    if (next)
+        for (; bytes >= 128; to += 128, from += 128, next += 128, bytes -= 128) {
+            _mm_prefetch(next, _MM_HINT_T0), _mm_prefetch(next + 64, _MM_HINT_T0);
+            stream_line(to, from), stream_line(to + 64, from + 64);
+        }
+    else
+        for (; bytes >= 128; to += 128, from += 128, bytes -= 128) stream_line(to, from), stream_line(to + 64, from + 64);
     memcpy(to, from, bytes);
 }
 
 static int can_stream(void) { return __builtin_cpu_supports("avx2"); }
 static void end_streams(void) { _mm_sfence(); }
 #else
-static void stream_row(char *to, const char *from, int64_t bytes) { memcpy(to, from, bytes); }
+static void stream_row(char *to, const char *from, int64_t bytes, const char *next) { memcpy(to, from, bytes); }
 static int can_stream(void) { return 0; }
 static void end_streams(void) {}
 #endif
 
 static void copy_rows(char *to, const char *from, const Geometry *g, int streamed) {
+    int fetched = g->row <= FETCHED_ROW;
     for (int64_t i = 0; i < g->sizes[0]; i++, to += g->to[0], from += g->from[0])
-        streamed ? stream_row(to, from, g->row) : (void)memcpy(to, from, g->row);
+        streamed ? stream_row(to, from, g->row, fetched ? from + g->from[0] : NULL) : (void)memcpy(to, from, g->row);
 }
 
 static void copy(char *to, const char *from, const Geometry *g, int streamed) {
