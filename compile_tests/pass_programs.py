@@ -102,13 +102,34 @@ CANCELLED: dict[str, Program] = {
     "pair after pair": lambda x: _sequence(_heads(_sequence(_heads(x).sin()).cos()).tanh()),
     "pair in pair": lambda x: _sequence(_sequence(_heads(_heads(x)).sin())).cos(),
     "another dtype": lambda x: _sequence(_heads(x * 100).int().double()),
+    "flattened and back": lambda x: _sequence(_heads(x).flatten(2).sin().view(_heads_shape(x))),
+    "of two, flattened": lambda x: _sequence((_heads(x).flatten() * _heads(x.cos()).flatten()).view(_heads_shape(x))),
+    "permuted, then viewed": lambda x: _sequence(_permuted_and_viewed(_heads(x.cos()))),
 }
+
+
+def _heads_shape(x: Tensor) -> tuple[int, ...]:
+    """Of what `_heads` returns."""
+    P = fvops.get_sp_group().world_size
+    return x.size(0), x.size(1) * P, x.size(2) // P, x.size(3)
+
+
+def _permuted_and_viewed(y: Tensor) -> Tensor:
+    """Through a copy: what is permuted has no flat view. Two views one after the other, a dim of size 1 among them."""
+    permuted = y.transpose(1, 2)
+    return permuted.flatten(1, 2).unsqueeze(0).exp().squeeze(0).reshape(permuted.shape).transpose(1, 2)
 
 
 def _square(x: Tensor) -> Tensor:
     """Something that dims 1 and 2 can be swapped in after the exchange: ``[B, n, n*P*P, D]``."""
     P = fvops.get_sp_group().world_size
     return x[:, :2, : 2 * P * P]
+
+
+def _halved(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Half as many heads, twice the sequence."""
+    B, S, H, D = shape
+    return B, 2 * S, H // 2, D
 
 
 # name -> (program, exchanges that stay under `cancel` without gradients)
@@ -119,6 +140,8 @@ KEPT: dict[str, tuple[Program, int]] = {
     "another order": (lambda x: _sequence(_heads(x).flip(1)), 2),
     "a sum": (lambda x: _sequence(_heads(x) + _heads(x).sum(1, keepdim=True)), 3),
     "permuted": (lambda x: _sequence(_heads(_square(x)).transpose(1, 2)), 2),
+    "viewed, not as before": (lambda x: _sequence(_heads(x).view(_halved(_heads_shape(x)))), 2),
+    "viewed, then permuted": (lambda x: _sequence(_heads(x).flatten(1, 2).mT.reshape(_heads_shape(x))), 2),
     "the same direction": (lambda x: _heads(_heads(x)), 2),
     "an unread one": (lambda x: (_heads(x.sin()), _sequence(_heads(x)))[1], 1),
 }

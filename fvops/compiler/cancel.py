@@ -2,8 +2,9 @@
 
 An all_to_all_4D moves elements between ranks and computes nothing. So for an elementwise f, ``E'(f(E(x))) = f(x)``, if
 every rank runs the same f: the pass replays f on x and drops E', and E too once nothing reads it. Between the two may
-stand operations on one element of each operand (all operands exchanged alike, or Python numbers), and permutations of
-the dims that add up to none.
+stand operations on one element of each operand (all operands exchanged alike, or Python numbers), permutations of the
+dims that add up to none, and views of other shapes (flatten, reshape) that are taken back: a view keeps the order of
+the elements, so what an elementwise f does under another shape it does to the same elements under the old one.
 
 What a training graph's backward reads is part of the joint graph, so its exchanges disappear by the same rule.
 """
@@ -35,6 +36,15 @@ __all__ = ["cancel_inverses", "drop_elided", "elide"]
 aten = torch.ops.aten
 # Change no element, whatever the strides.
 _COPIES = (aten.clone.default, aten.alias.default, aten.detach.default)
+# Another shape, the elements in the same order. What else they are given, sizes, is no tensor.
+_VIEWS = (
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
 _IDENTITY = (0, 1, 2, 3)
 
 
@@ -45,10 +55,12 @@ class _Image:
     Attributes:
         direction: scatter dim, gather dim, world size and group.
         order: ``order[i]`` is the dim of the exchanged tensor that is dim i of the node.
+        viewed: None; or, if the node is a view of those elements under another shape, the shape that has to come back.
     """
 
     direction: tuple[Any, ...]
     order: tuple[int, ...]
+    viewed: tuple[str, ...] | None = None
 
 
 def cancel_inverses(graph: Graph) -> int:
@@ -94,11 +106,16 @@ def _image_of(node: Node, images: dict[Node, _Image]) -> _Image | None:
     """The image that `node` is, if it is one."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
-    operands = node.all_input_nodes
+    operands = node.all_input_nodes[:1] if _is_view(node) else node.all_input_nodes
     if not operands or any(operand not in images for operand in operands):
         return None
     first = images[operands[0]]
+    if _is_view(node):
+        shape, viewed = _shape(node), first.viewed or _shape(operands[0])
+        return dataclasses.replace(first, viewed=None if shape == viewed else viewed)
     if node.target is aten.permute.default:
+        if first.viewed is not None:
+            return None
         dims: Any = node.args[1]
         return _Image(first.direction, tuple(first.order[dim % 4] for dim in dims))
     if node.target not in _COPIES and not _is_elementwise(node, operands):
@@ -112,14 +129,16 @@ def _is_elementwise(node: Node, operands: list[Node]) -> bool:
     if not pointwise or torch.Tag.nondeterministic_seeded in tags:
         return False
     value = node.meta["val"]
-    return isinstance(value, torch.Tensor) and all(
-        _same_shape(operand.meta["val"].shape, value.shape) for operand in operands
-    )
+    return isinstance(value, torch.Tensor) and all(_shape(operand) == _shape(node) for operand in operands)
 
 
-def _same_shape(a: Any, b: Any) -> bool:
+def _is_view(node: Node) -> bool:
+    return node.op == "call_function" and node.target in _VIEWS
+
+
+def _shape(node: Node) -> tuple[str, ...]:
     # By form: comparing symbols would add guards to the graph.
-    return tuple(map(str, a)) == tuple(map(str, b))
+    return tuple(map(str, node.meta["val"].shape))
 
 
 def _before_exchange(node: Node, images: dict[Node, _Image], sources: dict[Node, Node], like: Node) -> Node:
@@ -129,6 +148,8 @@ def _before_exchange(node: Node, images: dict[Node, _Image], sources: dict[Node,
     def replay(image: Node) -> Node:
         if image in sources:
             return sources[image]
+        if _is_view(image):  # in the end it is taken back; until then it changes nothing for what is elementwise
+            return replay(image.all_input_nodes[0])
         if image not in made:
             inputs = {operand: replay(operand) for operand in image.all_input_nodes}
             arguments = torch.fx.map_arg(image.args, inputs.__getitem__)
