@@ -85,7 +85,7 @@ def test_what_was_sent_is_not_reused_before_a_late_peer_has_it(
 
 
 def _two_groups() -> list[list[Any]]:
-    """What eager and compiled code issued: each rank exchanges with one neighbour in one group and another in the other.
+    """What compiled code and eager issued; a rank has one neighbour in one group, and another in the other.
 
     Rank 3 is late, so in each group one pair is through while the other still waits.
     """
