@@ -6,47 +6,29 @@ rank 0's computing there runs before its data is taken.
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import fvops
+from compile_tests.meeting import meet, wait_for
 from fvops.debug import record_collectives
 from tests.harness import Ranks
 
-# [1, S/P, H, D] of both programs, as a matrix of 64 by 64 too: a buffer of one could be reused for the other.
-_SHAPE = (1, 16, 8, 32)
-_DEADLINE_S = 100.0
-
-
-@torch.library.custom_op("fvops_late_peers_test::meet", mutates_args=())
-def _meet(x: Tensor, key: str, place: int) -> Tensor:
-    """On rank 0, says that it was reached."""
-    if place == 0:
-        dist.distributed_c10d._get_default_store().set(key, "")
-    return x.clone()
-
-
-@_meet.register_fake
-def _(x: Tensor, key: str, place: int) -> Tensor:
-    return torch.empty_like(x)
+# [1, S/P, H, D] of both programs, as a matrix of 256 by 256 too: a buffer of one could be reused for the other. Parts
+# of 128 KB: up to 64 KB, shared memory copies them out at once, whether the peer is there or not.
+_SHAPE = (1, 64, 16, 64)
 
 
 def _computed(x: Tensor, key: str, rank: int) -> Tensor:
     """Products that each need a buffer of x's size and leave the last one's to be reused, then the meeting."""
-    y = x.reshape(64, 64)
+    y = x.reshape(256, 256)
     for _ in range(4):
-        y = (y @ y) / 64
-    y = torch.ops.fvops_late_peers_test.meet(y, key, rank)
+        y = (y @ y) / 256
+    y = meet(y, key, rank)
     return (y @ y).sin()
-
-
-def _wait_for(key: str) -> None:
-    dist.distributed_c10d._get_default_store().wait([key], timedelta(seconds=_DEADLINE_S))
 
 
 def _input() -> Tensor:
@@ -65,7 +47,7 @@ def _one_group(inductor: dict[str, Any], train: bool, key: str) -> bool:
     compiled = torch.compile(program, fullgraph=True, options=options)
     x = _input().requires_grad_(train)
     if group.rank_in_group == 1:
-        _wait_for(key)
+        wait_for(key)
     received, computed = compiled(x)
     wanted, computed_alone = program(x)
     torch.testing.assert_close(received, wanted)
@@ -105,7 +87,7 @@ def _two_groups() -> list[list[Any]]:
         compiled = torch.compile(program, fullgraph=True, options=fvops.compiler.options(overlap=True))
         x = _input()
         if rank == 3:
-            _wait_for("met with two groups")
+            wait_for("met with two groups")
         with record_collectives() as issued:
             results = compiled(x)
         with record_collectives() as issued_by_eager:

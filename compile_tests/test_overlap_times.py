@@ -5,15 +5,14 @@ Only the order of events is looked at, never how long one took.
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 import fvops
+from compile_tests.meeting import meet, wait_for
 from tests.harness import Ranks
 
 START, WAIT, WHOLE = "fvops::all_to_all_4D_start", "fvops::all_to_all_4D_wait", "fvops::all_to_all_4D"
@@ -98,19 +97,6 @@ def test_without_overlap_nothing_is_split(two_ranks: Ranks) -> None:
             assert (names.count(WHOLE), names.count(START), names.count(WAIT)) == (2, 0, 0), events
 
 
-@torch.library.custom_op("fvops_overlap_times_test::meet", mutates_args=())
-def _meet(gradient: Tensor, place: int) -> Tensor:
-    """On rank 0, says that it was reached."""
-    if place == 0:
-        dist.distributed_c10d._get_default_store().set("met in backward", "")
-    return gradient.clone()
-
-
-@_meet.register_fake
-def _(gradient: Tensor, place: int) -> Tensor:
-    return torch.empty_like(gradient)
-
-
 class _MeetInBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, place: int) -> Tensor:
@@ -119,10 +105,10 @@ class _MeetInBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return torch.ops.fvops_overlap_times_test.meet(gradients[0], ctx.place), None
+        return meet(gradients[0], "met in backward", ctx.place), None
 
 
-def _meeting_in_backward(overlap: bool, deadline_s: float) -> bool:
+def _meeting_in_backward(overlap: bool) -> bool:
     """Rank 1 begins its backward pass only once rank 0 has the gradient that it computes between start and wait."""
     group = fvops.get_sp_group()
     place = group.rank_in_group
@@ -136,7 +122,7 @@ def _meeting_in_backward(overlap: bool, deadline_s: float) -> bool:
     compiled = torch.compile(program, fullgraph=True, options=fvops.compiler.options(overlap=overlap))
     result = compiled(*inputs).sum()
     if place == 1:
-        dist.distributed_c10d._get_default_store().wait(["met in backward"], timedelta(seconds=deadline_s))
+        wait_for("met in backward")
     gradients = torch.autograd.grad(result, inputs)
     wanted = torch.autograd.grad(program(*inputs).sum(), inputs)
     torch.testing.assert_close(gradients, wanted)
@@ -145,4 +131,4 @@ def _meeting_in_backward(overlap: bool, deadline_s: float) -> bool:
 
 def test_backward_computes_while_the_exchange_is_under_way(two_ranks: Ranks) -> None:
     """Without overlap rank 0 would wait in the exchange for rank 1, which waits for what rank 0 computes after it."""
-    assert two_ranks.run(_meeting_in_backward, True, 100.0, deadline_s=300) == [True, True]
+    assert two_ranks.run(_meeting_in_backward, True, deadline_s=300) == [True, True]

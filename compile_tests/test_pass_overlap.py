@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 import fvops
+from compile_tests.meeting import meet, wait_for
 from compile_tests.pass_programs import OVERLAPPED, PROGRAMS, Issued, compare_with_eager, example
 from fvops.debug import record_collectives
 from fvops.graph_report import planned_groups
@@ -148,31 +147,18 @@ def test_a_limit_keeps_exchanges_whole(two_ranks: Ranks) -> None:
             assert kernels.count(_START) == starts, limit
 
 
-@torch.library.custom_op("fvops_overlap_test::meet", mutates_args=())
-def _meet(x: Tensor, key: str, place: int) -> Tensor:
-    """Computed between start and wait: on rank 0 says that it was reached."""
-    if place == 0:
-        dist.distributed_c10d._get_default_store().set(key, "")
-    return x.clone()
-
-
-@_meet.register_fake
-def _(x: Tensor, key: str, place: int) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _meeting(switches: dict[str, Any], deadline_s: float) -> bool:
+def _meeting(switches: dict[str, Any]) -> bool:
     """Rank 1 enters the program only once rank 0 has come to what it computes between start and wait."""
     group = fvops.get_sp_group()
 
     def program(x: Tensor) -> tuple[Tensor, Tensor]:
         y = group.all_to_all_4D(x, 2, 1)
-        return y.sin(), torch.ops.fvops_overlap_test.meet(x @ x.mT, "met", group.rank_in_group)
+        return y.sin(), meet(x @ x.mT, "met", group.rank_in_group)
 
     x = torch.rand(1, 4, 4, 4, dtype=torch.float64)
     compiled = torch.compile(program, fullgraph=True, options=fvops.compiler.options(**switches))
     if group.rank_in_group == 1:
-        dist.distributed_c10d._get_default_store().wait(["met"], timedelta(seconds=deadline_s))
+        wait_for("met")
     received, _ = compiled(x)
     torch.testing.assert_close(received, group.all_to_all_4D(x, 2, 1).sin())
     return True
@@ -180,7 +166,7 @@ def _meeting(switches: dict[str, Any], deadline_s: float) -> bool:
 
 def test_compute_runs_while_the_exchange_is_under_way(two_ranks: Ranks) -> None:
     """Without overlap rank 0 would wait in the exchange for rank 1, which waits for what rank 0 computes after it."""
-    assert two_ranks.run(_meeting, OVERLAP, 100.0, deadline_s=200) == [True, True]
+    assert two_ranks.run(_meeting, OVERLAP, deadline_s=200) == [True, True]
 
 
 def _sequence_of_eager_calls() -> tuple[list[str], list[Any]]:
