@@ -105,7 +105,18 @@ CANCELLED: dict[str, Program] = {
     "flattened and back": lambda x: _sequence(_heads(x).flatten(2).sin().view(_heads_shape(x))),
     "of two, flattened": lambda x: _sequence((_heads(x).flatten() * _heads(x.cos()).flatten()).view(_heads_shape(x))),
     "permuted, then viewed": lambda x: _sequence(_permuted_and_viewed(_heads(x.cos()))),
+    "lists": lambda x: tuple(_sequences([y.sin() for y in _heads_of([x, x.cos(), x * 2])])),
+    "a list, then single ones": lambda x: tuple(_sequence(y.exp()) for y in _heads_of([x, x.cos()])),
+    "single ones, then a list": lambda x: tuple(_sequences([_heads(x).tanh(), _heads(x.cos()) * _heads(x.sin())])),
 }
+
+
+def _heads_of(tensors: list[Tensor]) -> list[Tensor]:
+    return fvops.get_sp_group().all_to_all_4D_coalesced(tensors, 2, 1)
+
+
+def _sequences(tensors: list[Tensor]) -> list[Tensor]:
+    return fvops.get_sp_group().all_to_all_4D_coalesced(tensors, 1, 2)
 
 
 def _heads_shape(x: Tensor) -> tuple[int, ...]:
@@ -143,6 +154,11 @@ KEPT: dict[str, tuple[Program, int]] = {
     "viewed, not as before": (lambda x: _sequence(_heads(x).view(_halved(_heads_shape(x)))), 2),
     "viewed, then permuted": (lambda x: _sequence(_heads(x).flatten(1, 2).mT.reshape(_heads_shape(x))), 2),
     "the same direction": (lambda x: _heads(_heads(x)), 2),
+    "one of a list not undone": (lambda x: tuple(_sequences([_heads(x), _heads(x.cos()).flip(1)])), 3),
+    "one of a list read elsewhere": (lambda x: (_sequence((ys := _heads_of([x, x.cos()]))[0]), ys[1]), 1),
+    # Nothing stays; but the gradient's exchanges do, for they carry zeros for what is unread.
+    "lists with an unread one": (lambda x: _sequences([_heads_of([x * 3, x.sin()])[1].cos(), _heads(x)])[0], 0),
+    "an unread list": (lambda x: (_heads_of([x.sin(), x]), _sequence(_heads(x)))[1], 1),
     "an unread one": (lambda x: (_heads(x.sin()), _sequence(_heads(x)))[1], 1),
 }
 

@@ -50,7 +50,7 @@ KINDS = COLLECTIVES + LOCAL
 FOR_ANY = (
     *KINDS,
     *("three", "all_to_all_4D", "project") * 3,
-    *("round_trip", "unread", "project_received", "project_sent") * 2,
+    *("round_trip", "round_trip_of_lists", "unread", "project_received", "project_sent") * 2,
 )
 FOR_ALIKE = tuple(kind for kind in (*FOR_ANY, *("round_trip",) * 3) if kind not in ("rank_branch", "gather"))
 
@@ -91,7 +91,7 @@ def _draw_step(draw: st.DrawFn, kind: str, index: int, group: str, shape: tuple[
     if kind in ("reduce_scatter", "shard"):
         dims = [dim for dim in range(4) if shape[dim] % P == 0]
         return (*head, draw(st.sampled_from(dims))) if dims else None
-    if kind in ("all_to_all_4D", "coalesced", "three", "round_trip", "unread"):
+    if kind in ("all_to_all_4D", "coalesced", "three", "round_trip", "round_trip_of_lists", "unread"):
         pairs = [pair for pair in ((2, 1), (1, 2)) if shape[pair[0]] % P == 0]
         return (*head, *draw(st.sampled_from(pairs))) if pairs else None
     if kind == "project_received":
@@ -188,6 +188,10 @@ def _run_step(group: fvops.GroupCoordinator, step: Step, x: Tensor) -> Tensor | 
         return q * k + v
     if kind == "round_trip":
         return group.all_to_all_4D(group.all_to_all_4D(x, step[3], step[4]).sin(), step[4], step[3])
+    if kind == "round_trip_of_lists":
+        back = [y.sin() for y in group.all_to_all_4D_coalesced([x, x.cos()[..., :2]], step[3], step[4])]
+        first, second = group.all_to_all_4D_coalesced(back, step[4], step[3])
+        return first + second.sum()
     if kind == "coalesced":  # one result that nobody reads
         first, _, third = group.all_to_all_4D_coalesced([x, x * 2, x[..., :1]], step[3], step[4])
         return first + third

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from compile_tests.pass_programs import CANCELLED, KEPT, MERGED, PROGRAMS, Issued, compare_with_eager
+from fvops.compiler import pass_log
 from tests.harness import Ranks
 
 MERGE, CANCEL = {"merge": True}, {"cancel": True}
@@ -81,9 +82,13 @@ def test_both_at_dynamic_lengths(two_ranks: Ranks) -> None:
 
 def _compare_dynamic(names: list[str]) -> list[list[int]]:
     torch._dynamo.utils.counters.clear()
-    results = compare_with_eager(names, {}, False, dynamic=True)
+    with pass_log() as notes:
+        results = compare_with_eager(names, {"merge": 1, "cancel": True}, False, dynamic=True)
     stats = torch._dynamo.utils.counters["stats"]
     assert stats["unique_graphs"] == 1, stats
+    merged_anyhow = [note.what for note in notes if note.name == "merge"]
+    assert merged_anyhow, notes
+    assert all("of symbolic sizes, which the limit does not count" in what for what in merged_anyhow), merged_anyhow
     # Both lengths are in the sequences; `compare_with_eager` cuts them at the first length's barriers.
     return [[len(shapes) for _, shapes, _ in merged] for _, merged in results.values()]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -89,21 +90,45 @@ def _linear_of_received(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(fvops.get_sp_group().all_to_all_4D(x.sin(), 2, 1).flatten(0, 2), weight, bias).cos()
 
 
+def _product_of_received(x: Tensor, weight: Tensor) -> Tensor:
+    """Without a bias, autograd computes the weight's gradient before that of what was received."""
+    return (fvops.get_sp_group().all_to_all_4D(x.sin(), 2, 1).flatten(0, 2) @ weight.T).cos()
+
+
 @pytest.mark.parametrize(("layout", "op"), [("exchange", "all_to_all_4D"), ("fused", "all_to_all_4D_packed")])
-def test_a_backward_graph_is_split_too(layout: str, op: str) -> None:
-    """The gradient of what was received travels while the weight's is computed, which autograd puts before it.
+@pytest.mark.parametrize(("program", "product"), [(_linear_of_received, "addmm"), (_product_of_received, "mm")])
+def test_a_backward_graph_is_split_too(program: Callable[..., Tensor], product: str, layout: str, op: str) -> None:
+    """The gradient of what was received travels while the weight's is computed, wherever autograd puts that.
 
     In Inductor's schedule, which is the order of the code; nothing stands beside the exchange in forward.
     """
     with torch.device("meta"):
-        inputs = [torch.empty(size, requires_grad=True) for size in ((1, 4, 16, 5), (7, 5), (7,))]
+        sizes = ((1, 4, 16, 5), (7, 5), (7,))[: 3 if product == "addmm" else 2]
+        inputs = [torch.empty(size, requires_grad=True) for size in sizes]
     with planned_groups(sp_size=2), fvops.compiler.enable(**OVERLAP, layout=layout):
-        report = fvops.report(_linear_of_received, *inputs, backward=True)
+        report = fvops.report(program, *inputs, backward=True)
     looked_at = ("mm", "addmm", op, "all_to_all_4D_start", "all_to_all_4D_wait")
     names = [[kernel.op.split("::")[-1] for kernel in graph.kernels] for graph in report.graphs]
     forward, backward = ([name for name in kernels if name in looked_at] for kernels in names)
-    assert forward == [op, "addmm"]
+    assert forward == [op, product]
     assert backward == ["mm", "all_to_all_4D_start", "mm", "all_to_all_4D_wait"]
+
+
+def _backward_under(limit: int) -> list[str]:
+    """The kernels of `_product_of_received`'s backward, without the loops."""
+    with torch.device("meta"):
+        inputs = [torch.empty(size, requires_grad=True) for size in ((1, 4, 16, 5), (7, 5))]
+    with planned_groups(sp_size=2), fvops.compiler.enable(overlap=limit):
+        report = fvops.report(_product_of_received, *inputs, backward=True)
+    return [name for kernel in report.graphs[1].kernels if (name := kernel.op.split("::")[-1])]
+
+
+def test_the_limit_is_on_what_comes_first_too() -> None:
+    """What leads to an exchange comes before autograd's other products only if what that holds longer fits, too."""
+    gradient = 4 * 16 * 5 * 4  # of what was received, ahead of the weight's; it is sent, and as much is received
+    limit = 3 * gradient
+    assert _backward_under(limit) == ["mm", "all_to_all_4D_start", "mm", "all_to_all_4D_wait"]
+    assert _backward_under(limit - 1) == ["mm", "mm", "all_to_all_4D"]
 
 
 def _training_code() -> list[list[str]]:

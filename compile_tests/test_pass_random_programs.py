@@ -37,13 +37,15 @@ RUNS = [(world_size, train) for world_size in (2, 3, 4) for train in (False, Tru
 # Added to each program whose ranks do the same: something for `cancel`, `dead` and `absorb` to do.
 ALWAYS: list[Step] = [
     ("round_trip", 0, "sp", 2, 1),
+    ("round_trip_of_lists", 0, "tp", 2, 1),
     ("unread", 0, "tp", 2, 1),
     ("project", 0, "sp"),
     ("project_received", 0, "sp"),
     ("project_sent", 0, "sp"),
 ]
 # What `cancel` and `dead` may drop.
-DROPPED = {"cancel": {"all_to_all_4D"}, "dead": {"all_to_all_4D", "all_to_all_4D_coalesced", "all_gather"}}
+_EXCHANGES = {"all_to_all_4D", "all_to_all_4D_coalesced"}
+DROPPED = {"cancel": _EXCHANGES, "dead": {*_EXCHANGES, "all_gather"}}
 
 
 def _combinations(alike: bool) -> list[dict[str, Any]]:

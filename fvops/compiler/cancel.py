@@ -6,12 +6,15 @@ stand operations on one element of each operand (all operands exchanged alike, o
 dims that add up to none, and views of other shapes (flatten, reshape) that are taken back: a view keeps the order of
 the elements, so what an elementwise f does under another shape it does to the same elements under the old one.
 
-What a training graph's backward reads is part of the joint graph, so its exchanges disappear by the same rule.
+An exchange of a list (`all_to_all_4D_coalesced`) goes as a whole: if all its tensors are undone, by exchanges of lists
+or of single tensors. What a training graph's backward reads is part of the joint graph, so its exchanges disappear by
+the same rule.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import torch
@@ -23,8 +26,11 @@ from fvops.compiler.token_chain import (
     arguments_of,
     calls,
     fake_run,
+    index_of,
+    inputs_of,
     insert,
     is_call,
+    is_read,
     op_of,
     remove,
     result_of,
@@ -63,36 +69,61 @@ class _Image:
     viewed: tuple[str, ...] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Received:
+    """A tensor that `call` returns: what this rank sent for it."""
+
+    call: Node
+    sent: Node
+
+
 def cancel_inverses(graph: Graph) -> int:
     """Drop every exchange that is undone; the number of calls dropped.
 
     Calls are dropped from a joint graph by putting `fvops::elided` into their place: AOTAutograd counts the chains.
     """
     images: dict[Node, _Image] = {}
-    sources: dict[Node, Node] = {}
-    exchange = torch.ops.fvops.all_to_all_4D.default
+    received: dict[Node, _Received] = {}
     dropped = 0
     for node in list(graph.nodes):
-        if is_call(node, (exchange,)):
-            received = result_of(node)
-            if received is None or not received.users:
+        if is_call(node, _exchanges()):
+            tensors = _received_by(node)
+            if not tensors:
                 continue  # sent for nothing: not ours to drop
-            dims, world = arguments_of(node)[1:3], arguments_of(node)[3:]
-            sent = arguments_of(node)[0]
-            if images.get(sent) == _Image((*reversed(dims), *world), _IDENTITY):
-                received.replace_all_uses_with(_before_exchange(sent, images, sources, received))
+            dims, world = arguments_of(node)[1:3], arguments_of(node)[-2:]
+            undone = _Image((*reversed(dims), *world), _IDENTITY)
+            if all(images.get(sent) == undone for sent in inputs_of(node)):
+                for tensor, source in tensors.items():
+                    tensor.replace_all_uses_with(_before_exchange(source, images, received, tensor))
                 _drop(node)
                 dropped += 1
             else:
-                images[received] = _Image((*dims, *world), _IDENTITY)
-                sources[received] = sent
+                images.update(dict.fromkeys(tensors, _Image((*dims, *world), _IDENTITY)))
+                received.update({tensor: _Received(node, source) for tensor, source in tensors.items()})
         else:
             image = _image_of(node, images)
             if image is not None:
                 images[node] = image
     if dropped:
-        dropped += _drop_unread(images, sources)
+        dropped += _drop_unread(images, received)
     return dropped
+
+
+def _exchanges() -> tuple[Any, ...]:
+    ops = torch.ops.fvops
+    return ops.all_to_all_4D.default, ops.all_to_all_4D_coalesced.default
+
+
+def _received_by(call: Node) -> dict[Node, Node]:
+    """The tensors that an exchange returns and somebody reads, with what this rank sent for each."""
+    result, sent = result_of(call), inputs_of(call)
+    if result is None:
+        return {}
+    if op_of(call) is _exchanges()[0]:
+        return {result: sent[0]} if result.users else {}
+    if any(item.target is not operator.getitem for item in result.users):
+        return {}  # the list as such is read
+    return {item: sent[index_of(item)] for item in result.users if item.users}
 
 
 def drop_elided(graph: Graph) -> None:
@@ -141,13 +172,13 @@ def _shape(node: Node) -> tuple[str, ...]:
     return tuple(map(str, node.meta["val"].shape))
 
 
-def _before_exchange(node: Node, images: dict[Node, _Image], sources: dict[Node, Node], like: Node) -> Node:
+def _before_exchange(node: Node, images: dict[Node, _Image], received: dict[Node, _Received], like: Node) -> Node:
     """What `node` would be had nothing been exchanged, as a new contiguous tensor."""
     made: dict[Node, Node] = {}
 
     def replay(image: Node) -> Node:
-        if image in sources:
-            return sources[image]
+        if image in received:
+            return received[image].sent
         if _is_view(image):  # in the end it is taken back; until then it changes nothing for what is elementwise
             return replay(image.all_input_nodes[0])
         if image not in made:
@@ -174,7 +205,7 @@ def _before_exchange(node: Node, images: dict[Node, _Image], sources: dict[Node,
 
 
 def _drop(call: Node) -> None:
-    note("cancel", "all_to_all_4D, undone by its inverse or the inverse itself, dropped", call)
+    note("cancel", f"{op_of(call)._opname}, undone by its inverse or the inverse itself, dropped", call)
     elide(call)
 
 
@@ -185,15 +216,16 @@ def elide(call: Node) -> None:
     remove(call, token)
 
 
-def _drop_unread(images: dict[Node, _Image], sources: dict[Node, Node]) -> int:
+def _drop_unread(images: dict[Node, _Image], received: dict[Node, _Received]) -> int:
     """Erase the images that nobody reads any more, and drop the exchanges that nothing is left of."""
-    dropped = 0
+    dropped: set[Node] = set()
     for image in sorted(images, reverse=True):
-        if image.users:
+        if image not in received:
+            if not image.users:
+                image.graph.erase_node(image)
             continue
-        if image in sources:
-            _drop(image.all_input_nodes[0])
-            dropped += 1
-        else:
-            image.graph.erase_node(image)
-    return dropped
+        call = received[image].call
+        if call not in dropped and not is_read(call):
+            _drop(call)
+            dropped.add(call)
+    return len(dropped)

@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 
 from fvops.compiler.cancel import elide
 from fvops.compiler.log import note
-from fvops.compiler.token_chain import calls, is_call, op_of, results_of
+from fvops.compiler.token_chain import calls, is_call, is_read, op_of
 
 __all__ = ["elide_unread"]
 
@@ -26,7 +26,7 @@ def elide_unread(graph: Graph) -> int:
     """
     dropped = 0
     for call in reversed(calls(graph)):
-        if is_call(call, _movers()) and not _read(call):
+        if is_call(call, _movers()) and not is_read(call):
             operands = call.all_input_nodes
             note("dead", f"{op_of(call)._opname}, which nobody reads, dropped", call)
             elide(call)
@@ -39,11 +39,6 @@ def _movers() -> tuple[Any, ...]:
     """Ops that move data and compute nothing."""
     ops = torch.ops.fvops
     return ops.all_to_all_4D.default, ops.all_to_all_4D_coalesced.default, ops.all_gather.default
-
-
-def _read(call: Node) -> bool:
-    results = results_of(call)
-    return any(user not in results for result in results for user in result.users)
 
 
 def _erase_unread(todo: list[Node]) -> None:

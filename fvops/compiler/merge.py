@@ -18,9 +18,12 @@ from torch.fx import Graph, Node
 from fvops.compiler.log import note
 from fvops.compiler.token_chain import (
     arguments_of,
+    bytes_sent,
     index_of,
+    inputs_of,
     insert,
     is_call,
+    not_counted,
     op_of,
     read,
     remove,
@@ -42,13 +45,17 @@ class _Run:
     downstream: set[Node] = dataclasses.field(default_factory=set)
 
     def admits(self, call: Node, limit: int) -> bool:
-        if not self.members or _direction(call) != _direction(self.members[0]) or self.nbytes + _nbytes(call) > limit:
+        if (
+            not self.members
+            or _direction(call) != _direction(self.members[0])
+            or self.nbytes + bytes_sent(call) > limit
+        ):
             return False
-        return not self.downstream.intersection(_inputs(call))
+        return not self.downstream.intersection(inputs_of(call))
 
     def take(self, call: Node) -> None:
         self.members.append(call)
-        self.nbytes += _nbytes(call)
+        self.nbytes += bytes_sent(call)
         self.downstream.update(results_of(call))
 
 
@@ -90,38 +97,26 @@ def _is_packed(call: Node) -> bool:
     return op_of(call) is torch.ops.fvops.all_to_all_4D_packed.default
 
 
-def _inputs(call: Node) -> list[Node]:
-    tensors: Any = arguments_of(call)[0]
-    return list(tensors) if isinstance(tensors, (list, tuple)) else [tensors]
-
-
 def _direction(call: Node) -> tuple[Any, ...]:
     """Is the layout computed outside, dims, world size and group."""
     scatter_dim, gather_dim, *rest = arguments_of(call)[1:]
     return (_is_packed(call), scatter_dim, gather_dim, *rest[-2:])
 
 
-def _nbytes(call: Node) -> int:
-    total = 0
-    for node in _inputs(call):
-        numel = node.meta["val"].numel()
-        total += numel * node.meta["val"].element_size() if isinstance(numel, int) else 0
-    return total
-
-
 def _merge(members: list[Node]) -> None:
     first, last = members[0], members[-1]
-    inputs = [node for call in members for node in _inputs(call)]
+    inputs = [node for call in members for node in inputs_of(call)]
     packed, *dims, P, group_name = _direction(first)
     # A packed exchange of several tensors is recorded as `all_to_all_4D_coalesced`, which is what `single=False` says.
     op, arguments = _exchanges()[1], (inputs, *dims, P, group_name)
     if packed:
         op, arguments = _exchanges()[2], (inputs, *dims, False, P, group_name)
     _, token, results = insert(last, token_before(first), op, arguments, last)
-    note("merge", f"all_to_all_4D as one exchange of {len(inputs)} tensors", last, len(members))
+    what = f"all_to_all_4D as one exchange of {len(inputs)} tensors" + "".join({*map(not_counted, members)})
+    note("merge", what, last, len(members))
     place = 0
     for member in members:
-        count = len(_inputs(member))
+        count = len(inputs_of(member))
         old = result_of(member)
         if old is not None:
             if op_of(member) is _exchanges()[0]:

@@ -1,17 +1,18 @@
 """overlap: an exchange is split into a start and a wait, and what does not need its result is computed between them.
 
-The nodes of a graph are put into a new order: an exchange starts as soon as its inputs are there; what reads a result
-stays back while anything else can be computed; then the oldest exchange is waited for. Ordered ops keep their order,
-for each is handed the token of the one before it. An exchange with nothing to compute beside it stays whole.
+The nodes of a graph are put into a new order: what leads to an exchange comes first, and it starts as soon as its
+inputs are there; what reads a result stays back while anything else can be computed; then the oldest exchange is waited
+for. Ordered ops keep their order, for each is handed the token of the one before it. An exchange with nothing to
+compute beside it stays whole.
 
-Memory: exchanges under way, and what is computed ahead of its turn, hold buffers longer. Both together are limited.
+Memory: exchanges under way, and what is computed ahead of its turn, hold buffers longer. Both together are limited: at
+the limit the graph's own order is taken up again.
 """
 
 from __future__ import annotations
 
 import heapq
 import operator
-from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -20,10 +21,14 @@ from fvops.compiler.log import note
 from fvops.compiler.token_chain import (
     add,
     arguments_of,
+    bytes_sent,
     fake_run,
     index_of,
+    inputs_of,
     insert,
     is_call,
+    nbytes,
+    not_counted,
     op_of,
     read,
     remove,
@@ -124,8 +129,8 @@ class _Stretch:
         self._exchanges = {call: result for call, result in exchanges.items() if call in number and result in number}
         self._missing = {node: len(self._number.keys() & node.all_input_nodes) for node in nodes}
         self._results = set(self._exchanges.values())
-        # Exchanges, and what only packs for them: in backward, autograd puts other products between.
-        self._urgent = self._exchanges.keys() | {node for call in self._exchanges for node in _packing(call)}
+        # Exchanges and all that leads to them: in backward, autograd puts gradients of weights between.
+        self._urgent = self._led_to_exchanges()
         # Nodes with all their inputs there: urgent ones come first, the others as they were.
         self._ready: list[tuple[bool, int]] = []
         # Exchanges under way, the oldest first.
@@ -144,11 +149,26 @@ class _Stretch:
             if not self._missing[node]:
                 self._make_ready(node)
         while len(self._order) < len(self._nodes):
-            if self._ready and not (self._open and self._exceeds(self._nodes[self._ready[0][1]])):
+            if self._ready and not self._exceeds(self._nodes[self._ready[0][1]]):
                 self._place(self._nodes[heapq.heappop(self._ready)[1]])
-            else:
+            elif self._open:
                 self._end_oldest()
+            else:
+                # Nothing is under way, so the first node that is missing has all it reads: ahead of nothing.
+                self._ready.remove((self._nodes[self._first] not in self._urgent, self._first))
+                heapq.heapify(self._ready)
+                self._place(self._nodes[self._first])
         return self._order
+
+    def _led_to_exchanges(self) -> set[Node]:
+        found: set[Node] = set()
+        todo = list(self._exchanges)
+        while todo:
+            node = todo.pop()
+            if node not in found and node in self._number:
+                found.add(node)
+                todo.extend(node.all_input_nodes)
+        return found
 
     def _make_ready(self, node: Node) -> None:
         # What an exchange gives is not ready before it is waited for.
@@ -156,7 +176,7 @@ class _Stretch:
             heapq.heappush(self._ready, (node not in self._urgent, self._number[node]))
 
     def _exceeds(self, node: Node) -> bool:
-        """Would it take more memory than may be held to place `node` now?"""
+        """Would it take more memory than may be held longer to place `node` now?"""
         if node in self._exchanges:
             more = _held(node)
         else:
@@ -188,32 +208,9 @@ class _Stretch:
                     self._make_ready(user)
 
 
-def _inputs(call: Node) -> list[Node]:
-    tensors: Any = arguments_of(call)[0]
-    return list(tensors) if isinstance(tensors, (list, tuple)) else [tensors]
-
-
-def _packing(call: Node) -> list[Node]:
-    """The views and copies between what computes the inputs of `call` and it, where nothing else reads them."""
-    found: list[Node] = []
-    todo = _inputs(call)
-    while todo:
-        node = todo.pop()
-        is_move = node.op == "call_function" and (not _computes(node) or node.target is torch.ops.aten.clone.default)
-        if is_move and len(node.users) == 1:
-            found.append(node)
-            todo.extend(node.all_input_nodes)
-    return found
-
-
 def _held(call: Node) -> int:
     """Bytes that are sent and received, which a started exchange keeps."""
-    return 2 * sum(_nbytes(node.meta["val"]) for node in _inputs(call))
-
-
-def _nbytes(value: Any) -> int:
-    numel = value.numel()
-    return numel * value.element_size() if isinstance(numel, int) else 0
+    return 2 * bytes_sent(call)
 
 
 def _computes(node: Node) -> bool:
@@ -231,7 +228,7 @@ def _result_bytes(node: Node) -> int:
         return 0
     value = node.meta["val"]
     values = value if isinstance(value, (list, tuple)) else [value]
-    return sum(_nbytes(one) for one in values if isinstance(one, torch.Tensor))
+    return sum(nbytes(one) for one in values if isinstance(one, torch.Tensor))
 
 
 def _split(call: Node, result: Node) -> None:
@@ -243,10 +240,10 @@ def _split(call: Node, result: Node) -> None:
         form = "packed single" if arguments_of(call)[3] else "packed coalesced"
     else:
         form = "single" if single else "coalesced"
-    arguments = (_inputs(call), *dims, form, *world)
+    arguments = (inputs_of(call), *dims, form, *world)
     _, token, ticket = insert(call, token_before(call), ops.all_to_all_4D_start.default, arguments, call)
     waited = (ticket, *arguments)
-    note("overlap", f"{op_of(call)._opname} split into start and wait", call)
+    note("overlap", f"{op_of(call)._opname} split into start and wait{not_counted(call)}", call)
     values = torch.fx.map_arg(waited, lambda node: node.meta["val"])
     received = fake_run(ops.all_to_all_4D_wait.default, *values)
     wait = add(result, ops.all_to_all_4D_wait.default, waited, result, value=received)

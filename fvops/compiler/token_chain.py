@@ -16,11 +16,16 @@ from torch.fx import Graph, Node
 __all__ = [
     "add",
     "arguments_of",
+    "bytes_sent",
     "calls",
     "fake_run",
     "index_of",
+    "inputs_of",
     "insert",
     "is_call",
+    "is_read",
+    "nbytes",
+    "not_counted",
     "op_of",
     "read",
     "remove",
@@ -63,6 +68,35 @@ def arguments_of(call: Node) -> tuple[Any, ...]:
     return args[2:]
 
 
+def inputs_of(exchange: Node) -> list[Node]:
+    """The tensors that a 4D exchange sends, be it a single one or a list."""
+    tensors: Any = arguments_of(exchange)[0]
+    return list(tensors) if isinstance(tensors, (list, tuple)) else [tensors]
+
+
+def bytes_sent(exchange: Node) -> int:
+    """Of all that an exchange sends, what stays on this rank included; what has symbolic sizes counts as nothing."""
+    return sum(nbytes(tensor.meta["val"]) for tensor in inputs_of(exchange))
+
+
+def nbytes(value: Any) -> int:
+    """The bytes of the fake tensor `value`, 0 where its sizes are symbolic.
+
+    What a symbol stands for may differ between two compilations of one program, and what a pass decides may not.
+    """
+    return 0 if _is_symbolic(value) else value.numel() * value.element_size()
+
+
+def _is_symbolic(value: Any) -> bool:
+    return not isinstance(value.numel(), int)
+
+
+def not_counted(exchange: Node) -> str:
+    """What to tell of an exchange whose bytes a limit does not count, "" if it does."""
+    symbolic = any(_is_symbolic(tensor.meta["val"]) for tensor in inputs_of(exchange))
+    return ", of symbolic sizes, which the limit does not count" if symbolic else ""
+
+
 def token_before(call: Node) -> Node:
     """The node whose token `call` takes."""
     args: Any = call.args
@@ -94,6 +128,12 @@ def results_of(call: Node, token: bool = False) -> list[Node]:
             found.append(item)
             todo.extend(item.users)
     return found
+
+
+def is_read(call: Node) -> bool:
+    """Does anything read a tensor that `call` returns?"""
+    results = results_of(call)
+    return any(user not in results for result in results for user in result.users)
 
 
 def insert(before: Node, token: Node, op: Any, arguments: tuple[Any, ...], like: Node) -> tuple[Node, Node, Node]:
