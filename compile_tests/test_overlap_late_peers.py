@@ -35,13 +35,20 @@ def _input() -> Tensor:
     return torch.rand(_SHAPE, generator=torch.Generator().manual_seed(fvops.get_world_group().rank))
 
 
+def _as_diagonal(x: Tensor) -> Tensor:
+    """x itself, as a view that Inductor cannot hand to a call: it copies it."""
+    B, S, H, D = x.shape
+    return torch.diagonal(x.unsqueeze(0).expand(S, B, S, H, D), dim1=0, dim2=2).permute(0, 3, 1, 2)
+
+
 def _one_group(inductor: dict[str, Any], train: bool, key: str) -> bool:
     group = fvops.get_sp_group()
 
     def program(x: Tensor) -> tuple[Tensor, Tensor]:
-        # What is sent is a buffer of the graph's own, which nothing else reads.
+        # Sent are a buffer of the graph's own, which nothing else reads, and a copy that the call makes of a view.
         received = group.all_to_all_4D(x.sin(), 2, 1)
-        return received.cos(), _computed(x.detach(), key, group.rank_in_group)
+        of_view = group.all_to_all_4D(_as_diagonal(x.cos()), 2, 1)
+        return received.cos() + of_view.sin(), _computed(x.detach(), key, group.rank_in_group)
 
     options = {**fvops.compiler.options(overlap=True), **inductor}
     compiled = torch.compile(program, fullgraph=True, options=options)
