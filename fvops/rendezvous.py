@@ -139,13 +139,16 @@ def _find(host: str, port: int, rank: int, until: float) -> tuple[dist.Store, st
     """The store that rank 0 serves now. Where this rank has joined before, an earlier world is on its way out."""
     while True:
         store = dist.TCPStore(host, port, None, False, _left(until), False)
-        with contextlib.suppress(dist.DistNetworkError):  # it went out meanwhile
+        why = "the server of an earlier world is still there, and no later one came"
+        try:
             world = store.get(_WORLD).decode()
             if store.add(f"{_WORLD}/{world}/joined/{rank}", 1) == 1:
                 return store, world
+        except dist.DistNetworkError as error:  # it may have gone out, to make room for a later one
+            why = f"the server answered no more: {error}"
         del store
         if time.monotonic() + _AGAIN_S > until:
-            raise RuntimeError("the server of an earlier world is still there, and no later one came")
+            raise RuntimeError(why)
         time.sleep(_AGAIN_S)
 
 

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fvops import rendezvous
 from tests.harness import Ranks
@@ -85,8 +86,6 @@ def test_rank_0_does_not_come(brief: None) -> None:
 
 def _kept(port: int) -> list[float]:
     """Worlds at one port, while rank 0 keeps the first one's store, and with it the server."""
-    import torch.distributed as dist
-
     import fvops
 
     rank, P = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -120,6 +119,21 @@ def test_a_new_process_does_not_join_an_old_world() -> None:
     again, later = rendezvous._serve(None, "127.0.0.1", port, until)
     assert rendezvous._find("127.0.0.1", port, 1, until)[1] == later != world
     del old, again
+
+
+def test_a_server_that_answers_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = _free_port()
+    served, _ = rendezvous._serve(
+        rendezvous._listening_descriptor("127.0.0.1", port), "127.0.0.1", port, time.monotonic() + 5
+    )
+
+    def get(store: dist.TCPStore, key: str) -> bytes:
+        raise dist.DistNetworkError("Connection reset by peer")
+
+    monkeypatch.setattr(dist.TCPStore, "get", get)
+    with pytest.raises(RuntimeError, match="the server answered no more: Connection reset by peer"):
+        rendezvous._find("127.0.0.1", port, 1, time.monotonic() + 0.5)
+    del served
 
 
 def test_an_address_of_another_machine(brief: None) -> None:
