@@ -105,10 +105,18 @@ CANCELLED: dict[str, Program] = {
     "flattened and back": lambda x: _sequence(_heads(x).flatten(2).sin().view(_heads_shape(x))),
     "of two, flattened": lambda x: _sequence((_heads(x).flatten() * _heads(x.cos()).flatten()).view(_heads_shape(x))),
     "permuted, then viewed": lambda x: _sequence(_permuted_and_viewed(_heads(x.cos()))),
+    "numbers in tensors": lambda x: _sequence(_filled(_heads(x - 0.5))),
+    "dims of size 1 dropped": lambda x: _sequence(_heads(x[:1]).squeeze().exp().view(_heads_shape(x[:1]))),
     "lists": lambda x: tuple(_sequences([y.sin() for y in _heads_of([x, x.cos(), x * 2])])),
     "a list, then single ones": lambda x: tuple(_sequence(y.exp()) for y in _heads_of([x, x.cos()])),
     "single ones, then a list": lambda x: tuple(_sequences([_heads(x).tanh(), _heads(x.cos()) * _heads(x.sin())])),
 }
+
+
+def _filled(y: Tensor) -> Tensor:
+    """Work with tensors of one number, of which the last decides the dtype; in backward, zeros where gradients stop."""
+    z = torch.relu(y).clamp(max=0.4).masked_fill(y > 0.3, 2).expand(y.shape).float()
+    return torch.where(z < 0.1, torch.full_like(z, 3), z + torch.full_like(y, 0.5))
 
 
 def _heads_of(tensors: list[Tensor]) -> list[Tensor]:
@@ -153,6 +161,7 @@ KEPT: dict[str, tuple[Program, int]] = {
     "permuted": (lambda x: _sequence(_heads(_square(x)).transpose(1, 2)), 2),
     "viewed, not as before": (lambda x: _sequence(_heads(x).view(_halved(_heads_shape(x)))), 2),
     "viewed, then permuted": (lambda x: _sequence(_heads(x).flatten(1, 2).mT.reshape(_heads_shape(x))), 2),
+    "expanded": (lambda x: _sequence(_heads(x) * _heads(x[..., :1]).expand(_heads_shape(x))), 3),
     "the same direction": (lambda x: _heads(_heads(x)), 2),
     "one of a list not undone": (lambda x: tuple(_sequences([_heads(x), _heads(x.cos()).flip(1)])), 3),
     "one of a list read elsewhere": (lambda x: (_sequence((ys := _heads_of([x, x.cos()]))[0]), ys[1]), 1),

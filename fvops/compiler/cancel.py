@@ -2,9 +2,10 @@
 
 An all_to_all_4D moves elements between ranks and computes nothing. So for an elementwise f, ``E'(f(E(x))) = f(x)``, if
 every rank runs the same f: the pass replays f on x and drops E', and E too once nothing reads it. Between the two may
-stand operations on one element of each operand (all operands exchanged alike, or Python numbers), permutations of the
-dims that add up to none, and views of other shapes (flatten, reshape) that are taken back: a view keeps the order of
-the elements, so what an elementwise f does under another shape it does to the same elements under the old one.
+stand operations on one element of each operand (all operands exchanged alike, or numbers, also such that fill a
+tensor), permutations of the dims that add up to none, and views of other shapes (flatten, reshape) that are taken back:
+a view keeps the order of the elements, so what an elementwise f does under another shape it does to the same elements
+under the old one.
 
 An exchange of a list (`all_to_all_4D_coalesced`) goes as a whole: if all its tensors are undone, by exchanges of lists
 or of single tensors. What a training graph's backward reads is part of the joint graph, so its exchanges disappear by
@@ -48,6 +49,7 @@ _VIEWS = (
     aten._unsafe_view.default,
     aten.reshape.default,
     aten.unsqueeze.default,
+    aten.squeeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
 )
@@ -137,7 +139,8 @@ def _image_of(node: Node, images: dict[Node, _Image]) -> _Image | None:
     """The image that `node` is, if it is one."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
-    operands = node.all_input_nodes[:1] if _is_view(node) else node.all_input_nodes
+    inputs = node.all_input_nodes
+    operands = inputs[:1] if _is_view(node) else [operand for operand in inputs if not _is_constant(operand)]
     if not operands or any(operand not in images for operand in operands):
         return None
     first = images[operands[0]]
@@ -149,21 +152,36 @@ def _image_of(node: Node, images: dict[Node, _Image]) -> _Image | None:
             return None
         dims: Any = node.args[1]
         return _Image(first.direction, tuple(first.order[dim % 4] for dim in dims))
-    if node.target not in _COPIES and not _is_elementwise(node, operands):
+    if node.target not in _COPIES and not _is_elementwise(node):
         return None
     return first if all(images[operand] == first for operand in operands) else None
 
 
-def _is_elementwise(node: Node, operands: list[Node]) -> bool:
+def _is_elementwise(node: Node) -> bool:
     tags = node.target.tags  # type: ignore[union-attr]
     pointwise = torch.Tag.pointwise in tags or node.target is torch.ops.prims.convert_element_type.default
     if not pointwise or torch.Tag.nondeterministic_seeded in tags:
         return False
-    value = node.meta["val"]
-    return isinstance(value, torch.Tensor) and all(_shape(operand) == _shape(node) for operand in operands)
+    if not isinstance(node.meta["val"], torch.Tensor):
+        return False
+    return all(_shape(operand) == _shape(node) or _is_number(operand) for operand in node.all_input_nodes)
+
+
+def _is_constant(node: Node) -> bool:
+    """Is `node` one number in every place, the same on every rank?"""
+    if node.target is aten.full.default:
+        return isinstance(node.args[1], (bool, int, float, complex))
+    return node.target is aten.scalar_tensor.default and isinstance(node.args[0], (bool, int, float, complex))
+
+
+def _is_number(node: Node) -> bool:
+    """Is `node` a constant that fits beside any shape?"""
+    return _is_constant(node) and _shape(node) in ((), ("1",))
 
 
 def _is_view(node: Node) -> bool:
+    if node.target is aten.expand.default:
+        return _shape(node) == _shape(node.all_input_nodes[0])
     return node.op == "call_function" and node.target in _VIEWS
 
 
@@ -179,6 +197,8 @@ def _before_exchange(node: Node, images: dict[Node, _Image], received: dict[Node
     def replay(image: Node) -> Node:
         if image in received:
             return received[image].sent
+        if _is_constant(image):
+            return image if _is_number(image) else _constant_of_one(image, like)
         if _is_view(image):  # in the end it is taken back; until then it changes nothing for what is elementwise
             return replay(image.all_input_nodes[0])
         if image not in made:
@@ -202,6 +222,15 @@ def _before_exchange(node: Node, images: dict[Node, _Image], received: dict[Node
     if source in images:
         images[result] = images[source]
     return result
+
+
+def _constant_of_one(constant: Node, like: Node) -> Node:
+    """`constant`, for what has another shape; not without dims, since then it would not count in type promotion."""
+    _, number = constant.args
+    value = fake_run(aten.full.default, [1], number, **constant.kwargs)
+    made = add(like, aten.full.default, ([1], number), like, value=value)
+    made.kwargs = constant.kwargs
+    return made
 
 
 def _drop(call: Node) -> None:
