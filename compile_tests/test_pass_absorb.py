@@ -52,6 +52,26 @@ def test_a_block_s_forward_has_no_layout_kernel(world_size: int) -> None:
     assert not report.breaks
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "with backward"])
+def test_the_same_at_a_length_that_became_a_symbol(backward: bool) -> None:
+    """Of three lengths: the graph of the second is for all but the first, and as good as the first's."""
+    torch._dynamo.reset()
+    with torch.device("meta"):
+        block = UlyssesBlock(HEADS, HEAD_SIZE)
+    reports = []
+    with planned_groups(sp_size=2), fvops.compiler.enable(**ABSORBING):
+        for tokens in (48, 56):
+            inputs = [torch.empty(size, device="meta") for size in block.input_sizes(1, tokens)]
+            reports.append(fvops.report(block, *inputs, backward=backward))
+    torch._dynamo.reset()
+    first, second = reports
+    assert "symbolic sizes" in str(second.passes)
+    assert "symbolic sizes" not in str(first.passes)
+    for one, other in zip(first.graphs, second.graphs, strict=True):
+        assert _kinds(other) == _kinds(one)
+        assert _layouts(other) == _layouts(one)
+
+
 def test_without_absorb_what_remains_stands_next_to_a_gemm() -> None:
     [graph] = _report(MERGED).graphs
     assert len(graph.collectives) == 2

@@ -75,6 +75,42 @@ def test_less_is_exposed_than_without(whole: Report, split: Report) -> None:
     assert split.us == pytest.approx(whole.us - (whole.exposed_us - split.exposed_us))
 
 
+def _reduced_behind(x: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    group = fvops.get_sp_group()
+    received = group.all_to_all_4D(x.sin(), 2, 1)
+    return received.cos(), group.all_reduce(x[:, :1, :1, :1]), x.flatten(2) @ own
+
+
+def test_what_stands_behind_a_started_exchange_is_charged_with_its_own_time_only() -> None:
+    """A collective that is not split waits for the exchanges before it: their time, of which none is counted twice."""
+    with torch.device("meta"):
+        inputs = [torch.empty(size) for size in ((B, S, H, D), (H * D, 64))]
+    with planned_groups(sp_size=2), fvops.compiler.enable(overlap=True):
+        graph = fvops.report(_reduced_behind, *inputs, machine=MACHINE).graphs[0]
+    start, reduction = graph.collectives
+    assert (start.label, reduction.label) == ("all_to_all_4D_start", "all_reduce")
+    assert graph.exposed_us_of(reduction) == reduction.us
+    for collective in (start, reduction):
+        assert 0 < graph.exposed_us_of(collective) <= collective.us
+    computed = sum(kernel.us for kernel in graph.kernels if kernel.kind not in ("collective", "wait"))
+    assert graph.exposed_us == pytest.approx(graph.us - computed)
+
+
+def _copied_behind(x: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    received = fvops.get_sp_group().all_to_all_4D(x, 2, 1)
+    return received.transpose(1, 2).contiguous(), x.flatten(2) @ own
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_layout_kernel_beside_a_wait_is_beside_an_exchange(overlap: bool) -> None:
+    with torch.device("meta"):
+        inputs = [torch.empty(size) for size in ((B, S, H, D), (H * D, 64))]
+    with planned_groups(sp_size=2), fvops.compiler.enable(overlap=overlap):
+        report = fvops.report(_copied_behind, *inputs)
+    assert [kernel.kind for kernel in report.graphs[0].kernels].count("wait") == overlap
+    assert (len(report.layout_kernels), len(report.layout_kernels_at_exchanges)) == (1, 1)
+
+
 def test_the_text_says_which_one_is_waited_for(whole: Report, split: Report) -> None:
     lines = [line for line in split.text().splitlines() if "all_to_all_4D_" in line and line.startswith("  ")]
     assert [line.split(",")[0].split("[")[0].strip() for line in lines] == [

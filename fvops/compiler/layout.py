@@ -113,9 +113,22 @@ def _unpack_heads(call: Node, recv_PBSHD: Node, P: int) -> Node:
 
 def _sizes(call: Node, x: Node) -> list[_Size]:
     return [
-        size if isinstance(size, int) else add(call, aten.sym_size.int, (x, dim), call, value=size)
+        size
+        if isinstance(size, int)
+        else _known(call, size) or add(call, aten.sym_size.int, (x, dim), call, value=size)
         for dim, size in enumerate(x.meta["val"].shape)
     ]
+
+
+def _known(call: Node, size: torch.SymInt) -> Node | None:
+    """A node before `call` that has this size. To ask `x` for it would make x read twice, and a kernel of its own."""
+    for node in call.graph.nodes:
+        if node is call:
+            break
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt) and value.node.expr == size.node.expr:
+            return node
+    return None
 
 
 def _computed(call: Node, function: Callable[[Any, int], Any], size: _Size, P: int) -> _Size:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Call", "Member", "observe", "observers"]
+__all__ = ["Call", "Member", "fake_observers", "observe", "observers"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Call:
 
 # Called in this order before a collective is issued; one that raises keeps it from being issued.
 observers: list[Callable[[Call], None]] = []
+# Called with an op's overload and arguments whenever it runs on fake tensors, traced or not: nothing is issued then.
+fake_observers: list[Callable[[Any, tuple[Any, ...]], None]] = []
 
 
 def observe(call: Call) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fvops.graph_report.contents import Break, Collective, Graph, Kernel, Machine, Report
+from fvops.graph_report.contents import Break, Collective, Graph, Kernel, Machine, Outside, Report
 from fvops.graph_report.estimate import timed
 from fvops.graph_report.planning import PlannedGroup, is_planning, planned_groups
 
@@ -21,6 +21,7 @@ __all__ = [
     "Graph",
     "Kernel",
     "Machine",
+    "Outside",
     "PlannedGroup",
     "Report",
     "planned_groups",
@@ -42,7 +43,7 @@ def report(
     """Compile ``fn(*args, **kwargs)`` and tell what came of it: `Report.text()`, `.json()`, `.html()`, `.save(path)`.
 
     Runs `fn` once, through the captured graphs: on every rank alike where it is executed, for it sends then what any
-    call sends. `fn` itself stays uncompiled. An error of `fn` is raised as it is.
+    call sends. `fn` itself stays uncompiled. An error of `fn` is raised as torch.compile raises it.
 
     Args:
         fn: a function or an nn.Module.
@@ -68,11 +69,11 @@ def report(
     watcher = Watcher(options or {})
     execute = _decide(execute, fn, args, kwargs)
     if execute:
-        breaks, stopped = call(fn, args, kwargs, watcher, backward, dynamic)
+        breaks, outside, stopped = call(fn, args, kwargs, watcher, backward, dynamic)
     else:
         device = parallel_device()
         with fakes_in_place_of(fn, args, kwargs, device) as (fake_args, fake_kwargs):
-            breaks, stopped = call(fn, fake_args, fake_kwargs, watcher, backward, dynamic)
+            breaks, outside, stopped = call(fn, fake_args, fake_kwargs, watcher, backward, dynamic)
     return Report(
         name=getattr(fn, "__name__", type(fn).__name__),
         executed=execute,
@@ -81,6 +82,7 @@ def report(
         passes=tuple(watcher.passes),
         machine=machine,
         stopped=stopped,
+        outside=tuple(outside),
     )
 
 

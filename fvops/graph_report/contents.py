@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Break", "Collective", "Graph", "Kernel", "Machine", "Report"]
+__all__ = ["Break", "Collective", "Graph", "Kernel", "Machine", "Outside", "Report"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,15 @@ class Break:
 
     where: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A collective that ran outside of every graph, in code that Dynamo has left to Python: op, group, user's line."""
+
+    op: str
+    group: str
+    where: str
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,7 @@ class Graph:
         kernels: in order.
         input_bytes: parameters and inputs that the graph is given.
         peak_bytes: largest sum of results that are alive at once, inputs not counted; without the transports' buffers.
+        runs: how often the one call that is reported ran it; 0 for what it stopped before.
     """
 
     number: int
@@ -126,6 +136,7 @@ class Graph:
     kernels: tuple[Kernel, ...]
     input_bytes: int
     peak_bytes: int
+    runs: int = 1
 
     @property
     def collectives(self) -> list[Kernel]:
@@ -167,6 +178,7 @@ class Report:
         passes: what fvops' compiler passes logged, a line each.
         machine: what the times are computed from.
         stopped: why a run on fake tensors ended early, "" if it did not. What follows that place is not reported.
+        outside: collectives that ran outside of the graphs, in order; they are in no sum.
     """
 
     name: str
@@ -176,10 +188,11 @@ class Report:
     passes: tuple[str, ...]
     machine: Machine
     stopped: str = ""
+    outside: tuple[Outside, ...] = ()
 
     @property
     def collectives(self) -> list[Collective]:
-        """Of all graphs, in order."""
+        """Of all graphs, in order, however often a graph ran."""
         return [kernel.collective for graph in self.graphs for kernel in graph.kernels if kernel.collective is not None]
 
     @property
@@ -189,7 +202,8 @@ class Report:
     @property
     def layout_kernels_at_exchanges(self) -> list[Kernel]:
         """Those that read a collective's result or write what a collective sends."""
-        ops = {kernel.op for graph in self.graphs for kernel in graph.collectives}
+        ends = [kernel for graph in self.graphs for kernel in graph.kernels if kernel.kind in ("collective", "wait")]
+        ops = {kernel.op for kernel in ends}
         return [kernel for kernel in self.layout_kernels if not ops.isdisjoint(kernel.beside)]
 
     @property

@@ -38,7 +38,8 @@ def timed(kernels: Sequence[Kernel], machine: Machine) -> tuple[Kernel, ...]:
     """`kernels` with their times filled in."""
     compute_us = lane_us = 0.0
     done_us: dict[str, float] = {}
-    result = []
+    result: list[Kernel] = []
+    under_way: list[int] = []  # places of exchanges that were started
     for kernel in kernels:
         us = _alone_us(kernel, machine)
         if kernel.collective is not None:
@@ -46,8 +47,15 @@ def timed(kernels: Sequence[Kernel], machine: Machine) -> tuple[Kernel, ...]:
             lane_us = start + us
             done_us[kernel.name] = lane_us
             exposed = 0.0
-            if not kernel.collective.is_start:
-                exposed, compute_us = lane_us - compute_us, lane_us
+            if kernel.collective.is_start:
+                under_way.append(len(result))
+            else:
+                # What it stands behind is exposed by it, but is those exchanges' time.
+                for place in under_way:
+                    behind = result[place].start_us + result[place].us - max(compute_us, result[place].start_us)
+                    result[place] = replace(result[place], exposed_us=result[place].exposed_us + max(0.0, behind))
+                exposed, compute_us = us, lane_us
+                under_way = []
         elif kernel.kind == "wait":
             start = compute_us
             ready = max((done_us[name] for name in kernel.reads if name in done_us), default=compute_us)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from fvops.graph_report.contents import Graph, Kernel, Report
-from fvops.graph_report.text import megabytes, milliseconds, shapes, speeds, summary
+from fvops.graph_report.text import megabytes, milliseconds, outside_lines, shapes, speeds, summary
 
 __all__ = ["page"]
 
@@ -44,7 +44,7 @@ def page(report: Report) -> str:
     body = [f"<h1>{title}</h1>", f"<p>{escape(summary(report))}</p>", _tiles(report)]
     if report.stopped:
         body.append(f'<p class="warning">Stopped early: {escape(report.stopped)}. What follows is not in here.</p>')
-    body += [_breaks(report), _key()]
+    body += [_breaks(report), _outside(report), _key()]
     body += [_graph(graph) for graph in report.graphs]
     body.append(_passes(report))
     run = "" if report.executed else " Traced on fake tensors: nothing was computed or sent."
@@ -74,6 +74,13 @@ def _breaks(report: Report) -> str:
     return "<h2>Graph breaks</h2>" + _table([("at", "where"), ("why", "")], rows)
 
 
+def _outside(report: Report) -> str:
+    if not report.outside:
+        return ""
+    lines = "".join(f"<li>{escape(line)}</li>" for line in outside_lines(report))
+    return f'<div class="warning">Collectives outside of graphs, which no figure here holds:<ul>{lines}</ul></div>'
+
+
 def _key() -> str:
     return (
         '<p class="key">'
@@ -83,7 +90,8 @@ def _key() -> str:
 
 
 def _graph(graph: Graph) -> str:
-    title = f"<h2>Graph {graph.number}, {graph.phase}: {len(graph.kernels)} kernels</h2>"
+    ran = f", run {graph.runs} times" if graph.runs > 1 else ""
+    title = f"<h2>Graph {graph.number}, {graph.phase}{ran}: {len(graph.kernels)} kernels</h2>"
     note = (
         f"<p>Inputs {megabytes(graph.input_bytes)}, peak of the results {megabytes(graph.peak_bytes)}, estimated "
         f"{milliseconds(graph.us)}, of which {milliseconds(graph.exposed_us)} exposed communication.</p>"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from fvops.graph_report.contents import Graph, Kernel, Machine, Report
 
-__all__ = ["megabytes", "milliseconds", "shapes", "speeds", "summary", "text"]
+__all__ = ["megabytes", "milliseconds", "outside_lines", "repeated", "shapes", "speeds", "summary", "text"]
 
 
 def summary(report: Report) -> str:
@@ -20,6 +22,10 @@ def summary(report: Report) -> str:
         layout,
         f"exposed communication {milliseconds(report.exposed_us)} of {milliseconds(report.us)} (estimated)",
     ]
+    if report.outside:
+        parts.append(f"{_count(len(report.outside), 'collective')} OUTSIDE of graphs")
+    if repeated(report):
+        parts.append("graphs that ran more than once count once")
     if report.stopped:
         parts.append("stopped early")
     return f"{report.name}: " + ", ".join(parts)
@@ -33,15 +39,28 @@ def text(report: Report) -> str:
     if report.stopped:
         lines.append(f"STOPPED: {report.stopped}; what follows is not in this report")
     lines += [f"break at {found.where or 'an unknown line'}: {found.reason}" for found in report.breaks]
+    lines += [f"outside of graphs: {line}" for line in outside_lines(report)]
     for graph in report.graphs:
         lines += _graph_lines(graph)
     lines += [f"pass: {line}" for line in report.passes] or ["no passes ran"]
     return "\n".join(lines)
 
 
+def repeated(report: Report) -> list[Graph]:
+    """The graphs that the call ran more than once."""
+    return [graph for graph in report.graphs if graph.runs > 1]
+
+
+def outside_lines(report: Report) -> list[str]:
+    """A line for each place that issued collectives outside of graphs."""
+    often = Counter(report.outside)
+    return [f"{count} x {one.op} on {one.group!r}, at {one.where}" for one, count in often.items()]
+
+
 def _graph_lines(graph: Graph) -> list[str]:
+    ran = f", run {graph.runs} times" if graph.runs > 1 else ""
     lines = [
-        f"graph {graph.number} ({graph.phase}): {_count(len(graph.kernels), 'kernel')}, "
+        f"graph {graph.number} ({graph.phase}{ran}): {_count(len(graph.kernels), 'kernel')}, "
         f"inputs {megabytes(graph.input_bytes)}, peak of the results {megabytes(graph.peak_bytes)}, "
         f"{milliseconds(graph.us)}, of which {milliseconds(graph.exposed_us)} exposed communication"
     ]

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import traceback
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +21,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fvops.compiler.log import PassNote, pass_log
-from fvops.graph_report.contents import Break, Graph
-from fvops.graph_report.user_lines import line_of_stack
+from fvops.graph_report.contents import Break, Graph, Outside
+from fvops.graph_report.outside import calls_outside_graphs
+from fvops.graph_report.user_lines import is_user_s, line_of_stack
 
 __all__ = ["Watcher", "call", "fakes_in_place_of", "modules_in", "tensors_in"]
 
@@ -37,10 +40,21 @@ class Watcher:
     def __init__(self, options: dict[str, Any]) -> None:
         # A cached graph would not be lowered; what is captured in a CUDA graph must be code.
         self.options = {**options, "force_disable_caches": True, "triton.cudagraphs": False}
-        self.graphs: list[Graph] = []
         self.passes: list[str] = []
+        self._graphs: list[Graph] = []
+        self._runs: list[int] = []
         self._told: list[PassNote] = []
         self._count = 0
+        self._running = 0
+
+    @property
+    def graphs(self) -> list[Graph]:
+        """With how often each has run until now."""
+        return [replace(graph, runs=runs) for graph, runs in zip(self._graphs, self._runs, strict=True)]
+
+    def is_running(self) -> bool:
+        """Is one of the captured graphs running?"""
+        return self._running > 0
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         from torch._inductor import compile_fx
@@ -52,7 +66,7 @@ class Watcher:
             runner = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))
             phase = "inference" if kwargs.get("is_inference") else "forward"
             self._lower(graph, graph_inputs, number, "backward" if kwargs.get("is_backward") else phase, kwargs)
-            return _boxed(runner)
+            return self._boxed(runner, len(self._graphs) - 1)
 
         compile_graph: Any = compile_fx.compile_fx
         place = len(self.passes)
@@ -71,24 +85,35 @@ class Watcher:
         from fvops.graph_report.scheduled import kernels_of, lowered, memory_of
 
         def look(lowering: Any) -> None:
-            self.graphs.append(Graph(number, phase, tuple(kernels_of(lowering)), *memory_of(lowering)))
+            # Where all that Dynamo has seen is inside of torch or fvops, a user's line has called that.
+            caller = line_of_stack(traceback.extract_stack())
+            kernels = [
+                replace(kernel, where=caller) if kernel.where and not is_user_s(kernel.where) else kernel
+                for kernel in kernels_of(lowering)
+            ]
+            self._graphs.append(Graph(number, phase, tuple(kernels), *memory_of(lowering)))
+            self._runs.append(0)
 
         with lowered(look), pass_log() as notes:
             compile_fx_inner(graph, inputs, **kwargs)
         self._told += notes
         self.passes += [f"graph {number} ({phase}): {note}" for note in notes]
 
+    def _boxed(self, graph: torch.fx.GraphModule, place: int) -> Callable[..., Any]:
+        """`graph` in AOTAutograd's calling convention: one list, which the callee empties."""
 
-def _boxed(graph: torch.fx.GraphModule) -> Callable[..., Any]:
-    """`graph` in AOTAutograd's calling convention: one list, which the callee empties."""
+        def run(args: Any) -> Any:
+            held = list(args)
+            args.clear()
+            self._runs[place] += 1
+            self._running += 1
+            try:
+                return graph(*held)
+            finally:
+                self._running -= 1
 
-    def run(args: Any) -> Any:
-        held = list(args)
-        args.clear()
-        return graph(*held)
-
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
 
 
 def call(
@@ -98,8 +123,8 @@ def call(
     watcher: Watcher,
     backward: bool,
     dynamic: bool | None,
-) -> tuple[list[Break], str]:
-    """Run `fn` compiled with `watcher`; the graph breaks, and why a run on fake tensors ended early.
+) -> tuple[list[Break], list[Outside], str]:
+    """Run `fn` compiled with `watcher`; graph breaks, calls outside of graphs, why a run on fake tensors ended early.
 
     Raises:
         ValueError: `backward`, and no output requires a gradient.
@@ -111,7 +136,7 @@ def call(
     # A code object of its own: Dynamo's entries for it go when it goes, and nobody else's are in its way.
     own = types.FunctionType(entry.__code__.replace(), entry.__globals__, closure=entry.__closure__)
     compiled = torch.compile(own, backend=watcher, dynamic=dynamic)
-    with _dynamo_state_kept():
+    with _dynamo_state_kept(), calls_outside_graphs(watcher.is_running) as outside:
         seen = len(graph_break_reasons)
         stopped = ""
         try:
@@ -122,11 +147,17 @@ def call(
         except DataDependentOutputException as error:
             stopped = f"{error.func} needs the value of a tensor, and there are only fake ones"
         breaks = [
-            Break(line_of_stack(reason.user_stack), reason.reason.splitlines()[0])
-            for reason in graph_break_reasons[seen:]
+            Break(line_of_stack(reason.user_stack), _reason(reason.reason)) for reason in graph_break_reasons[seen:]
         ]
     # Once for each place: a break in a function that was being inlined is met again when it is compiled by itself.
-    return list({found.where: found for found in breaks}.values()), stopped
+    return list({found.where: found for found in breaks}.values()), outside, stopped
+
+
+def _reason(text: str) -> str:
+    """Dynamo's reason in one line: what it says, and its explanation, which names what it stopped at."""
+    first, *more = [line.strip() for line in text.splitlines() if line.strip()] or [""]
+    explained = [line.removeprefix("Explanation: ") for line in more if line.startswith("Explanation: ")]
+    return ". ".join([first, *explained])
 
 
 def _run_backward(outputs: Any, fn: Any, args: Any, kwargs: Any) -> None:

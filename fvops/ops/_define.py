@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.library import Library
 
 from fvops import compiler
+from fvops.debug.calls import fake_observers
 from fvops.registry import resolve
 
 __all__ = ["LIBRARY", "Group", "checked_in_python", "define"]
@@ -83,6 +84,8 @@ def define(
 
     def fake_with_compiler(*args: Any, **kwargs: Any) -> Any:
         compiler.install()
+        for observe in fake_observers:
+            observe(overload, args)
         return fake(*args, **kwargs)
 
     torch.library.register_fake(f"fvops::{name}", fake_with_compiler, lib=LIBRARY)
