@@ -68,7 +68,7 @@ def test_a_module_with_shapes_and_passes(tmp_path: Path) -> None:
     nbytes = 8 * 64 * 4
     merged = [("all_to_all_4D_coalesced", 2, 3 * nbytes // 2), ("all_to_all_4D", 2, nbytes // 2)]
     assert _collectives(tmp_path / "out.json") == merged
-    assert done.stdout.startswith("own_model:Block on 2 ranks\n")
+    assert done.stdout.startswith("own_model:Block on 2 ranks, passes: all: 1 graph")
     assert "merge: 3 x all_to_all_4D as one exchange of 3 tensors, at " in done.stdout
     line = 1 + next(place for place, line in enumerate(PROGRAM.splitlines()) if "group.all_to_all_4D(q)" in line)
     assert f"own_model.py:{line} in forward" in done.stdout

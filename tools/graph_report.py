@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":  # started as a file: what stands beside tools/ is not on the path then
@@ -78,7 +79,9 @@ def _program(parser: argparse.ArgumentParser, args: argparse.Namespace, machine:
 
 
 def _show(title: str, report: Report, args: argparse.Namespace) -> int:
-    print(title)
+    # The pages are looked at when the command line is forgotten.
+    title += ", forward and backward" if args.backward else ""
+    report = replace(report, name=f"{title}, passes: {args.passes or 'the defaults'}")
     print(report.text())
     for path in filter(None, (args.html, args.json, args.txt)):
         report.save(path)
