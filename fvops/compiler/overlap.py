@@ -1,9 +1,9 @@
 """overlap: an exchange is split into a start and a wait, and what does not need its result is computed between them.
 
-The nodes of a graph are put into a new order: what leads to an exchange comes first, and it starts as soon as its
-inputs are there; what reads a result stays back while anything else can be computed; then the oldest exchange is waited
-for. Ordered ops keep their order, for each is handed the token of the one before it. An exchange with nothing to
-compute beside it stays whole.
+The nodes of a graph are put into a new order: what leads to the first exchange comes first, then its start, then what
+leads to the next one, and so on; what reads a result stays back while anything else can be computed; then the oldest
+exchange is waited for. Ordered ops keep their order, for each is handed the token of the one before it. An exchange
+with nothing to compute beside it stays whole.
 
 Memory: exchanges under way, and what is computed ahead of its turn, hold buffers longer. Both together are limited: at
 the limit the graph's own order is taken up again.
@@ -129,10 +129,10 @@ class _Stretch:
         self._exchanges = {call: result for call, result in exchanges.items() if call in number and result in number}
         self._missing = {node: len(self._number.keys() & node.all_input_nodes) for node in nodes}
         self._results = set(self._exchanges.values())
-        # Exchanges and all that leads to them: in backward, autograd puts gradients of weights between.
-        self._urgent = self._led_to_exchanges()
-        # Nodes with all their inputs there: urgent ones come first, the others as they were.
-        self._ready: list[tuple[bool, int]] = []
+        # What leads to exchanges comes before all else: in backward, autograd puts gradients of weights between.
+        self._turn = self._turns()
+        # Nodes with all their inputs there: by turn, and within one as they were.
+        self._ready: list[tuple[int, int]] = []
         # Exchanges under way, the oldest first.
         self._open: list[Node] = []
         # What was computed before its turn: bytes, by the node's number.
@@ -155,25 +155,27 @@ class _Stretch:
                 self._end_oldest()
             else:
                 # Nothing is under way, so the first node that is missing has all it reads: ahead of nothing.
-                self._ready.remove((self._nodes[self._first] not in self._urgent, self._first))
+                self._ready.remove((self._turn[self._nodes[self._first]], self._first))
                 heapq.heapify(self._ready)
                 self._place(self._nodes[self._first])
         return self._order
 
-    def _led_to_exchanges(self) -> set[Node]:
-        found: set[Node] = set()
-        todo = list(self._exchanges)
-        while todo:
-            node = todo.pop()
-            if node not in found and node in self._number:
-                found.add(node)
-                todo.extend(node.all_input_nodes)
-        return found
+    def _turns(self) -> dict[Node, int]:
+        """For each node, which exchange is the first that it leads to (or is); their number if it leads to none."""
+        turns: dict[Node, int] = {}
+        for turn, call in enumerate(self._exchanges):
+            todo = [call]
+            while todo:
+                node = todo.pop()
+                if node not in turns and node in self._number:
+                    turns[node] = turn
+                    todo.extend(node.all_input_nodes)
+        return {node: turns.get(node, len(self._exchanges)) for node in self._nodes}
 
     def _make_ready(self, node: Node) -> None:
         # What an exchange gives is not ready before it is waited for.
         if node not in self._results:
-            heapq.heappush(self._ready, (node not in self._urgent, self._number[node]))
+            heapq.heappush(self._ready, (self._turn[node], self._number[node]))
 
     def _exceeds(self, node: Node) -> bool:
         """Would it take more memory than may be held longer to place `node` now?"""
