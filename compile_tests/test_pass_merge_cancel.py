@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from compile_tests.pass_programs import CANCELLED, KEPT, MERGED, PROGRAMS, Issued, compare_with_eager
+import fvops
+from compile_tests.pass_programs import CANCELLED, KEPT, MERGED, PROGRAMS, Issued, compare_with_eager, example
 from fvops.compiler import pass_log
+from fvops.debug import record_collectives
 from tests.harness import Ranks
 
 MERGE, CANCEL = {"merge": True}, {"cancel": True}
@@ -45,6 +47,34 @@ def test_merge_in_backward(two_ranks: Ranks) -> None:
     eager, merged = _alike(two_ranks.run(_compare, ["q, k and v"], MERGE, True, deadline_s=300))["all"]
     assert len(_exchanges(eager)) == 8
     assert [len(shapes) for _, shapes, _ in _exchanges(merged)] == [3, 1, 1, 3]
+
+
+@pytest.mark.parametrize("reads_the_first", [True, False])
+def test_random_draws_keep_their_order(two_ranks: Ranks, reads_the_first: bool) -> None:
+    """What is drawn for what was received comes before what is drawn for the second exchange, as in eager."""
+    exchanges = two_ranks.run(_drawn_between, reads_the_first, deadline_s=300)
+    assert exchanges == [2 if reads_the_first else 1] * 2
+
+
+def _drawn_between(reads_the_first: bool) -> int:
+    """How many exchanges are issued; values are as eager's, with eager's generator."""
+    group = fvops.get_sp_group()
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        y = group.all_to_all_4D(x, 2, 1)
+        first = torch.rand_like(y if reads_the_first else x)
+        return y.sin() * first.view(y.shape) + group.all_to_all_4D(torch.rand_like(x) + x, 2, 1)
+
+    options = {**fvops.compiler.options(merge=True), "fallback_random": True}
+    compiled = torch.compile(program, fullgraph=True, options=options)
+    x = example()
+    torch.manual_seed(7)
+    expected = program(x)
+    torch.manual_seed(7)
+    with record_collectives() as records:
+        got = compiled(x)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    return len(records)
 
 
 @pytest.mark.slow

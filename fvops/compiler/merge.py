@@ -1,7 +1,8 @@
 """merge: neighbouring 4D exchanges of one group become one grouped exchange.
 
 Two exchanges are neighbours if no other ordered op stands between them in the token chain. They merge if they are in
-the same direction and neither reads, however indirectly, what the other received. The result is one
+the same direction and neither reads, however indirectly, what the other received; nor does anything between them that
+has to keep its place, such as a random draw. The result is one
 `all_to_all_4D_coalesced`, where each tensor keeps its own layout, at the place of the last of them; of exchanges that
 are opened up (`layout`), one `all_to_all_4D_packed`.
 """
@@ -23,6 +24,7 @@ from fvops.compiler.token_chain import (
     inputs_of,
     insert,
     is_call,
+    is_fixed,
     not_counted,
     op_of,
     read,
@@ -76,7 +78,11 @@ def merge_exchanges(graph: Graph, limit: int) -> int:
             if exchange:
                 open_run.take(node)
         elif not open_run.downstream.isdisjoint(node.all_input_nodes):
-            open_run.downstream.add(node)
+            if is_fixed(node):  # merged, it would stand behind the last member, and behind what now follows it
+                runs.append(open_run)
+                open_run = _Run()
+            else:
+                open_run.downstream.add(node)
     saved = 0
     for run in [*runs, open_run]:
         if len(run.members) > 1:

@@ -27,6 +27,7 @@ from fvops.compiler.token_chain import (
     inputs_of,
     insert,
     is_call,
+    is_fixed,
     nbytes,
     not_counted,
     op_of,
@@ -37,12 +38,6 @@ from fvops.compiler.token_chain import (
 )
 
 __all__ = ["overlap_exchanges"]
-
-_ORDERED_BY_TOKENS = (
-    torch.ops.higher_order.with_effects,
-    torch.ops.prims._make_token.default,
-    torch.ops.prims._sink_tokens.default,
-)
 
 
 def overlap_exchanges(graph: Graph, limit: int) -> int:
@@ -102,21 +97,11 @@ def _stretches(graph: Graph) -> list[list[Node]]:
     """The nodes, cut before and after each that nothing may pass."""
     stretches: list[list[Node]] = [[]]
     for node in graph.nodes:
-        if _is_fixed(node):
+        if is_fixed(node):
             stretches += [[node], []]
         else:
             stretches[-1].append(node)
     return stretches
-
-
-def _is_fixed(node: Node) -> bool:
-    if node.op != "call_function":
-        return True
-    if node.target in _ORDERED_BY_TOKENS:
-        return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.is_impure() or torch.Tag.nondeterministic_seeded in node.target.tags
-    return isinstance(node.target, torch._ops.HigherOrderOperator) or node.is_impure()
 
 
 class _Stretch:

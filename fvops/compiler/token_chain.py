@@ -23,6 +23,7 @@ __all__ = [
     "inputs_of",
     "insert",
     "is_call",
+    "is_fixed",
     "is_read",
     "nbytes",
     "not_counted",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 _with_effects = torch.ops.higher_order.with_effects
+_BY_TOKENS = (_with_effects, torch.ops.prims._make_token.default, torch.ops.prims._sink_tokens.default)
 # Meta data of a node that hold for what takes its place.
 _KEPT = ("partitioner_tag", "seq_nr", "stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "from_node")
 
@@ -95,6 +97,20 @@ def not_counted(exchange: Node) -> str:
     """What to tell of an exchange whose bytes a limit does not count, "" if it does."""
     symbolic = any(_is_symbolic(tensor.meta["val"]) for tensor in inputs_of(exchange))
     return ", of symbolic sizes, which the limit does not count" if symbolic else ""
+
+
+def is_fixed(node: Node) -> bool:
+    """Does what `node` does depend on its place beyond what it reads: random draws, writing in place, inputs, outputs?
+
+    What is ordered by tokens does not.
+    """
+    if node.op != "call_function":
+        return True
+    if node.target in _BY_TOKENS:
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.is_impure() or torch.Tag.nondeterministic_seeded in node.target.tags
+    return isinstance(node.target, torch._ops.HigherOrderOperator) or node.is_impure()
 
 
 def token_before(call: Node) -> Node:
