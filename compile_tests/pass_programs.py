@@ -107,6 +107,8 @@ CANCELLED: dict[str, Program] = {
     "permuted, then viewed": lambda x: _sequence(_permuted_and_viewed(_heads(x.cos()))),
     "numbers in tensors": lambda x: _sequence(_filled(_heads(x - 0.5))),
     "dims of size 1 dropped": lambda x: _sequence(_heads(x[:1]).squeeze().exp().view(_heads_shape(x[:1]))),
+    "another memory format": lambda x: _sequence(_heads(x).clone(memory_format=torch.channels_last).exp()),
+    "of sizes that were received": lambda x: _sequence((y := _heads(x)).flatten(0, 1).sin().unflatten(0, y.shape[:2])),
     "lists": lambda x: tuple(_sequences([y.sin() for y in _heads_of([x, x.cos(), x * 2])])),
     "a list, then single ones": lambda x: tuple(_sequence(y.exp()) for y in _heads_of([x, x.cos()])),
     "single ones, then a list": lambda x: tuple(_sequences([_heads(x).tanh(), _heads(x.cos()) * _heads(x.sin())])),
@@ -261,6 +263,14 @@ def _projected_before(x: Tensor, bias: bool) -> Tensor:
     return _heads(y.unflatten(2, (heads, 3)))
 
 
+def _projected_before_with_one_number(x: Tensor) -> Tensor:
+    """addmm spreads one number over all columns."""
+    heads = fvops.get_sp_group().world_size
+    rows = x.sin().flatten(2).flatten(0, 1)
+    y = torch.addmm(x[0, 0, 0, :1].cos(), rows, _weight(x, rows.size(1), 3 * heads))
+    return _heads(y.view(x.size(0), x.size(1), heads, 3))
+
+
 def _only_summed(x: Tensor) -> Tensor:
     y = _sequence(x.sin()).flatten(2)
     return F.linear(y, _weight(x, 6, y.size(2))).sum() * y.sum((0, 1)).cos()
@@ -274,6 +284,7 @@ ABSORBED: dict[str, tuple[Program, int, int]] = {
     "projected twice": (_projected_twice, 2, 0),
     "projected before": (lambda x: _projected_before(x, bias=False), 0, 1),
     "projected before with a bias": (lambda x: _projected_before(x, bias=True), 0, 1),
+    "projected before with one number": (_projected_before_with_one_number, 0, 0),
     "projected and summed": (_only_summed, 1, 0),
     "with itself": (lambda x: _with_itself(x, transposed_first=False), 0, 0),
     "with itself, transposed first": (lambda x: _with_itself(x, transposed_first=True), 0, 0),

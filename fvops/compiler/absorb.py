@@ -231,7 +231,8 @@ def _packed_product(send_PBSHD: Node) -> Node | None:
     if sum(not _is_static(size) for size in send_PBSHD.meta["val"].shape) > 1:
         return None
     bias = _bias(node)
-    return node if bias is None or bias.meta["val"].dim() == 1 else None
+    # Not a bias of one element, which addmm spreads over the columns.
+    return node if bias is None or tuple(bias.meta["val"].shape) == (columns,) else None
 
 
 def _write_packed(product: Node, send_PBSHD: Node) -> None:

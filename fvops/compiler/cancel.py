@@ -22,6 +22,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fvops.compiler.log import note
+from fvops.compiler.sizes import same_shape
 from fvops.compiler.token_chain import (
     add,
     arguments_of,
@@ -63,12 +64,21 @@ class _Image:
     Attributes:
         direction: scatter dim, gather dim, world size and group.
         order: ``order[i]`` is the dim of the exchanged tensor that is dim i of the node.
-        viewed: None; or, if the node is a view of those elements under another shape, the shape that has to come back.
+        viewed: None; or, if the node is a view of those elements under another shape, a node of the shape that has to
+            come back.
     """
 
     direction: tuple[Any, ...]
     order: tuple[int, ...]
-    viewed: tuple[str, ...] | None = None
+    viewed: Node | None = None
+
+    def is_like(self, other: _Image | None) -> bool:
+        """Does `other`, of the same shape, have elements in the same places?"""
+        if other is None or (self.direction, self.order) != (other.direction, other.order):
+            return False
+        if self.viewed is None or other.viewed is None:
+            return self.viewed is other.viewed
+        return same_shape(self.viewed, other.viewed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +104,7 @@ def cancel_inverses(graph: Graph) -> int:
                 continue  # sent for nothing: not ours to drop
             dims, world = arguments_of(node)[1:3], arguments_of(node)[-2:]
             undone = _Image((*reversed(dims), *world), _IDENTITY)
-            if all(images.get(sent) == undone for sent in inputs_of(node)):
+            if all(undone.is_like(images.get(sent)) for sent in inputs_of(node)):
                 for tensor, source in tensors.items():
                     tensor.replace_all_uses_with(_before_exchange(source, images, received, tensor))
                 _drop(node)
@@ -145,8 +155,8 @@ def _image_of(node: Node, images: dict[Node, _Image]) -> _Image | None:
         return None
     first = images[operands[0]]
     if _is_view(node):
-        shape, viewed = _shape(node), first.viewed or _shape(operands[0])
-        return dataclasses.replace(first, viewed=None if shape == viewed else viewed)
+        viewed = first.viewed or operands[0]
+        return dataclasses.replace(first, viewed=None if same_shape(node, viewed) else viewed)
     if node.target is aten.permute.default:
         if first.viewed is not None:
             return None
@@ -154,7 +164,7 @@ def _image_of(node: Node, images: dict[Node, _Image]) -> _Image | None:
         return _Image(first.direction, tuple(first.order[dim % 4] for dim in dims))
     if node.target not in _COPIES and not _is_elementwise(node):
         return None
-    return first if all(images[operand] == first for operand in operands) else None
+    return first if all(first.is_like(images[operand]) for operand in operands) else None
 
 
 def _is_elementwise(node: Node) -> bool:
@@ -164,7 +174,8 @@ def _is_elementwise(node: Node) -> bool:
         return False
     if not isinstance(node.meta["val"], torch.Tensor):
         return False
-    return all(_shape(operand) == _shape(node) or _is_number(operand) for operand in node.all_input_nodes)
+    # Sizes are arguments of views and of what fills a tensor alone.
+    return all(_is_number(operand) or same_shape(operand, node) for operand in node.all_input_nodes)
 
 
 def _is_constant(node: Node) -> bool:
@@ -176,18 +187,16 @@ def _is_constant(node: Node) -> bool:
 
 def _is_number(node: Node) -> bool:
     """Is `node` a constant that fits beside any shape?"""
-    return _is_constant(node) and _shape(node) in ((), ("1",))
+    if not _is_constant(node):
+        return False
+    shape = node.meta["val"].shape
+    return len(shape) == 0 or (len(shape) == 1 and isinstance(shape[0], int) and shape[0] == 1)
 
 
 def _is_view(node: Node) -> bool:
     if node.target is aten.expand.default:
-        return _shape(node) == _shape(node.all_input_nodes[0])
+        return same_shape(node, node.all_input_nodes[0])
     return node.op == "call_function" and node.target in _VIEWS
-
-
-def _shape(node: Node) -> tuple[str, ...]:
-    # By form: comparing symbols would add guards to the graph.
-    return tuple(map(str, node.meta["val"].shape))
 
 
 def _before_exchange(node: Node, images: dict[Node, _Image], received: dict[Node, _Received], like: Node) -> Node:
@@ -199,7 +208,8 @@ def _before_exchange(node: Node, images: dict[Node, _Image], received: dict[Node
             return received[image].sent
         if _is_constant(image):
             return image if _is_number(image) else _constant_of_one(image, like)
-        if _is_view(image):  # in the end it is taken back; until then it changes nothing for what is elementwise
+        # A view is taken back in the end, and what is elementwise does the same until then; so it does for a copy.
+        if _is_view(image) or image.target in _COPIES:
             return replay(image.all_input_nodes[0])
         if image not in made:
             inputs = {operand: replay(operand) for operand in image.all_input_nodes}

@@ -30,6 +30,10 @@ def take_slots() -> None:
 
 def _on_joint_graph(graph: Graph) -> None:
     switches = cache.switches_in_force()
+    if switches.cancel or switches.dead:
+        from fvops.compiler.sizes import read_from_symbols
+
+        read_from_symbols(graph)
     if switches.cancel:
         from fvops.compiler.cancel import cancel_inverses
 
