@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import sys
 
 import pytest
@@ -204,3 +205,27 @@ def test_the_form_of_an_ordered_call() -> None:
 
     assert torch.ops.higher_order.with_effects is with_effects
     assert list(inspect.signature(type(with_effects).__call__).parameters) == ["self", "token", "op", "args", "kwargs"]
+
+
+def test_sizes_are_computed_from_symbols() -> None:
+    """fvops/compiler/sizes.py."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from fvops.compiler.sizes import read_from_symbols, same_shape
+
+    def function(x: torch.Tensor, rows: int) -> torch.Tensor:
+        y = torch.cat([x, x])
+        return y.new_zeros(y.size(0), 7)
+
+    # Equal sizes are one symbol; as from Dynamo, it is an input of the graph.
+    graph = make_fx(function, tracing_mode="symbolic")(torch.ones(6, 5), 6).graph
+    x, rows, y, size, zeros, _ = graph.nodes
+    assert size.target is torch.ops.aten.sym_size.int
+    assert rows.meta["val"].node.expr.is_Symbol
+    assert read_from_symbols(graph) == 1
+    [computed, _] = zeros.args[1]
+    assert (computed.target, computed.all_input_nodes) == (operator.mul, [rows])
+    assert str(computed.meta["val"]) == str(y.meta["val"].size(0))
+    assert size not in graph.nodes
+    assert same_shape(x, x)
+    assert not same_shape(x, y)
