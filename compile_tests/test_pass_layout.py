@@ -101,3 +101,19 @@ def _lowered(layout: str) -> str:
 def test_which_layout_is_chosen(two_ranks: Ranks) -> None:
     ops = [two_ranks.run(_lowered, layout, deadline_s=200)[0] for layout in ("fused", "exchange", "auto")]
     assert ops == ["all_to_all_4D_packed", "all_to_all_4D", "all_to_all_4D"]
+
+
+def _with_cpp_wrapper() -> list[tuple[str, str]]:
+    """The notes of passes that give up exchanges as torch's C++ wrapper would crash on what they put into the graph."""
+    switches = {**FUSED, "overlap": True, "absorb": True}
+    with torch._inductor.config.patch(cpp_wrapper=True), fvops.compiler.pass_log() as notes:
+        for eager, compiled in compare_with_eager(["two branches"], switches, False).values():
+            assert eager == compiled
+    return [(note.name, note.what) for note in notes]
+
+
+def test_exchanges_stay_whole_under_cpp_wrapper(two_ranks: Ranks) -> None:
+    expected = [
+        (name, "all_to_all_4D stays whole under cpp_wrapper") for name in ("layout", "overlap") for _ in range(2)
+    ]
+    assert two_ranks.run(_with_cpp_wrapper, deadline_s=300) == [expected] * 2

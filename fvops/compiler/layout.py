@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._inductor import config
 from torch.fx import Graph, Node
 
 from fvops.compiler.log import note
@@ -44,14 +45,22 @@ def compute_layouts(graph: Graph, layout: str) -> int:
     exchanges = (torch.ops.fvops.all_to_all_4D.default, torch.ops.fvops.all_to_all_4D_coalesced.default)
     opened = 0
     for call in calls(graph):
-        if is_call(call, exchanges) and is_opened_up(call, layout):
-            open_up(call)
-            opened += 1
+        if is_call(call, exchanges) and _is_flat(call, layout):
+            if config.cpp_wrapper:
+                note("layout", f"{op_of(call)._opname} stays whole under cpp_wrapper", call)
+            else:
+                open_up(call)
+                opened += 1
     return opened
 
 
 def is_opened_up(call: Node, layout: str) -> bool:
     """Does `layout` say that the 4D exchange `call` is to be opened up?"""
+    # torch's C++ wrapper (seen on 2.13) crashes where an op of a library returns a list of one tensor.
+    return _is_flat(call, layout) and not config.cpp_wrapper
+
+
+def _is_flat(call: Node, layout: str) -> bool:
     tensors: Any = arguments_of(call)[0]
     first = tensors[0] if isinstance(tensors, (list, tuple)) else tensors
     return layout == "fused" or (layout == "auto" and first.meta["val"].device.type != "cpu")

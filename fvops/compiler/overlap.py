@@ -15,6 +15,7 @@ import heapq
 import operator
 
 import torch
+from torch._inductor import config
 from torch.fx import Graph, Node
 
 from fvops.compiler.log import note
@@ -50,6 +51,10 @@ def overlap_exchanges(graph: Graph, limit: int) -> int:
     exchanges = {call: result for call in graph.nodes if (result := _splittable(call, limit)) is not None}
     if not exchanges or _captured_in_pieces(graph):
         return 0
+    if config.cpp_wrapper:  # a wait for one tensor returns a list of one: see `layout.is_opened_up`
+        for call in exchanges:
+            note("overlap", f"{op_of(call)._opname} stays whole under cpp_wrapper", call)
+        return 0
     order: list[Node] = []
     for stretch in _stretches(graph):
         order += _Stretch(stretch, exchanges, limit).order()
@@ -80,8 +85,6 @@ def _splittable(call: Node, limit: int) -> Node | None:
 
 def _captured_in_pieces(graph: Graph) -> bool:
     """May a CUDA graph end inside this one? Start and wait have to be in the same capture."""
-    from torch._inductor import config
-
     from fvops.compiler.cudagraph_partition import HOST_OPS
 
     if not (config.triton.cudagraphs and config.graph_partition):
