@@ -165,9 +165,16 @@ def _check(ranks: Ranks, names: list[str], train: bool, batch: int = 1, dynamic:
             assert reads > read
 
 
-@pytest.mark.parametrize(("train", "batch"), [pytest.param(False, 2, marks=pytest.mark.slow), (True, 1)])
-def test_values_gradients_and_sequence(two_ranks: Ranks, train: bool, batch: int) -> None:
-    _check(two_ranks, list(ABSORBED), train, batch)
+# One of each kind; all of them are slow: ten programs' kernels take g++ most of a minute.
+QUICK = ["projected with a bias", "projected from the left", "projected before with a bias", "with itself"]
+
+
+def test_values_gradients_and_sequence(two_ranks: Ranks) -> None:
+    _check(two_ranks, QUICK, train=True)
+
+
+def test_a_bias_of_one_number_is_left_alone(two_ranks: Ranks) -> None:
+    _check(two_ranks, ["projected before with one number"], train=False)
 
 
 @pytest.mark.slow
