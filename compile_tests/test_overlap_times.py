@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -90,6 +91,7 @@ def test_products_run_between_start_and_wait(two_ranks: Ranks) -> None:
         assert first >= 1, backward
 
 
+@pytest.mark.slow
 def test_without_overlap_nothing_is_split(two_ranks: Ranks) -> None:
     for forward, backward in two_ranks.run(_one_step, False, deadline_s=300):
         for events in (forward, backward):

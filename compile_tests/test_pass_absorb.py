@@ -52,7 +52,9 @@ def test_a_block_s_forward_has_no_layout_kernel(world_size: int) -> None:
     assert not report.breaks
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "with backward"])
+@pytest.mark.parametrize(
+    "backward", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["forward", "with backward"]
+)
 def test_the_same_at_a_length_that_became_a_symbol(backward: bool) -> None:
     """Of three lengths: the graph of the second is for all but the first, and as good as the first's."""
     torch._dynamo.reset()

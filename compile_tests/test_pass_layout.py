@@ -22,7 +22,7 @@ def _compare(
     return compare_with_eager(names, switches, train, batch, dynamic=dynamic)
 
 
-@pytest.mark.parametrize(("train", "batch"), [pytest.param(False, 2, marks=pytest.mark.slow), (True, 1)])
+@pytest.mark.parametrize(("train", "batch"), [(False, 2), pytest.param(True, 1, marks=pytest.mark.slow)])
 def test_fused_layout_keeps_the_sequence_of_eager(two_ranks: Ranks, train: bool, batch: int) -> None:
     for results in two_ranks.run(_compare, NAMES, FUSED, train, batch, deadline_s=300):
         for name, (eager, compiled) in results.items():

@@ -95,6 +95,7 @@ def test_cancelled_pairs_leave_nothing(two_ranks: Ranks) -> None:
         assert left == [], name
 
 
+@pytest.mark.slow
 def test_cancelled_pairs_leave_nothing_in_forward_and_backward(two_ranks: Ranks) -> None:
     eager, left = _alike(two_ranks.run(_compare, list(CANCELLED), CANCEL, True, deadline_s=300))["all"]
     assert len(_exchanges(eager)) >= 4 * len(CANCELLED)

@@ -83,8 +83,15 @@ def _check(world_size: int, train: bool, count: int, length: int, variants: list
     assert drawn["collectives"] >= 2 * count
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize(("world_size", "count"), [(2, PROGRAMS // 2 - 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "count", "train"),
+    [
+        pytest.param(2, PROGRAMS // 2 - 1, False, marks=pytest.mark.slow, id="2-inference"),
+        pytest.param(2, PROGRAMS // 2 - 1, True, id="2-training"),
+        pytest.param(4, 2, False, id="4-inference"),
+        pytest.param(4, 2, True, id="4-training"),
+    ],
+)
 def test_random_programs_issue_the_same_collectives(world_size: int, count: int, train: bool) -> None:
     _check(world_size, train, count, 6, QUICK_VARIANTS)
 
