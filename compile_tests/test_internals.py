@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import operator
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -229,3 +231,35 @@ def test_sizes_are_computed_from_symbols() -> None:
     assert size not in graph.nodes
     assert same_shape(x, x)
     assert not same_shape(x, y)
+
+
+@pytest.mark.parametrize(
+    ("size", "written"),
+    [
+        (lambda n: -(-n // 4), True),
+        (lambda n: 5 * (n + 3) // 2 + n % 4, True),
+        (lambda n: n * n, True),
+        (lambda n: torch.sym_max(n, 7), True),
+        (lambda n: torch.sym_int(n * 1.5), False),
+    ],
+)
+def test_sizes_that_are_no_arithmetic_are_left_alone(size: Callable[[Any], Any], written: bool) -> None:
+    """fvops/compiler/sizes.py: torch cannot write a rounding into a graph."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from fvops.compiler.sizes import read_from_symbols
+
+    def function(x: torch.Tensor, rows: int) -> torch.Tensor:
+        return x.new_ones(size(rows)).cumsum(0)
+
+    traced = make_fx(function, tracing_mode="symbolic")(torch.ones(6, 5), 6)
+    made, output = list(traced.graph.nodes)[-2:]
+    with traced.graph.inserting_before(output):
+        read = traced.graph.call_function(torch.ops.aten.sym_size.int, (made, 0))
+    read.meta["val"] = made.meta["val"].size(0)
+    output.args = ([made, read],)
+    assert read_from_symbols(traced.graph) == written
+    traced.graph.lint()
+    traced.recompile()
+    result, length = traced(torch.ones(12, 5), 12)
+    assert length == len(result) == size(12)

@@ -11,11 +11,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Graph, Node, Proxy
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+from torch.utils._sympy.functions import CleanDiv, FloorDiv, Max, Min, Mod, PythonMod
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+# What sizes are made of; torch's interpreter cannot write all else, such as rounding, into a graph.
+_ARITHMETIC = (sympy.Symbol, sympy.Integer, sympy.Add, sympy.Mul, FloorDiv, CleanDiv, Mod, PythonMod, Max, Min)
 
 __all__ = ["read_from_symbols", "same_shape"]
 
@@ -45,9 +50,11 @@ def read_from_symbols(graph: Graph) -> int:
 
 
 def _computed(size: Node, symbols: dict[Any, Node]) -> Node | None:
-    """A node that computes `size` from symbols, in front of it; None where the graph lacks one of them."""
+    """A node in front of `size` that computes it from symbols; None where the graph lacks one, or for a rounding."""
     expression = size.meta["val"].node.expr
     if not expression.free_symbols or not expression.free_symbols <= symbols.keys():
+        return None
+    if not all(map(_is_arithmetic, sympy.preorder_traversal(expression))):
         return None
     before = set(size.graph.nodes)
     with size.graph.inserting_before(size):
@@ -58,3 +65,9 @@ def _computed(size: Node, symbols: dict[Any, Node]) -> Node | None:
             arguments: Any = torch.fx.map_arg(node.args, lambda operand: operand.meta["val"])
             node.meta = {**size.meta, "val": node.target(*arguments)}
     return made
+
+
+def _is_arithmetic(part: Any) -> bool:
+    if isinstance(part, sympy.Pow):
+        return part.exp.is_Integer and part.exp > 0
+    return isinstance(part, _ARITHMETIC)
