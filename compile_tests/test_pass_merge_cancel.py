@@ -109,6 +109,31 @@ def test_cancelled_at_dynamic_lengths_too(two_ranks: Ranks) -> None:
     assert _exchanges(left) == []
 
 
+def test_an_input_that_is_overwritten_is_not_exchanged_anew(two_ranks: Ranks) -> None:
+    """Backward would compute from the new values what forward had computed from the old ones."""
+    assert two_ranks.run(_overwriting, deadline_s=300) == [2, 2]
+
+
+def _overwriting() -> int:
+    """How many exchanges of the forward pass stay; gradients are as eager's."""
+    group = fvops.get_sp_group()
+
+    def program(x: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+        result = group.all_to_all_4D(group.all_to_all_4D(buffer * 2, 2, 1).sin(), 1, 2) * x
+        buffer.add_(1)
+        return result
+
+    compiled = torch.compile(program, fullgraph=True, options=fvops.compiler.options(cancel=True))
+    gradients = []
+    for function in (program, compiled):
+        x, buffer = example().requires_grad_(), example().cos()
+        with record_collectives() as records:
+            result = function(x, buffer)
+        gradients.append(torch.autograd.grad(result.sum(), x))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-9)
+    return len(records)
+
+
 def test_what_is_not_undone_stays(two_ranks: Ranks) -> None:
     results = _alike(two_ranks.run(_compare, list(KEPT), CANCEL, False, deadline_s=300))
     for name, (_, left) in results.items():

@@ -96,6 +96,7 @@ def cancel_inverses(graph: Graph) -> int:
     """
     images: dict[Node, _Image] = {}
     received: dict[Node, _Received] = {}
+    stale = _overwritten(graph)
     dropped = 0
     for node in list(graph.nodes):
         if is_call(node, _exchanges()):
@@ -109,7 +110,7 @@ def cancel_inverses(graph: Graph) -> int:
                     tensor.replace_all_uses_with(_before_exchange(source, images, received, tensor))
                 _drop(node)
                 dropped += 1
-            else:
+            elif stale.isdisjoint(inputs_of(node)):
                 images.update(dict.fromkeys(tensors, _Image((*dims, *world), _IDENTITY)))
                 received.update({tensor: _Received(node, source) for tensor, source in tensors.items()})
         else:
@@ -119,6 +120,20 @@ def cancel_inverses(graph: Graph) -> int:
     if dropped:
         dropped += _drop_unread(images, received)
     return dropped
+
+
+def _overwritten(graph: Graph) -> set[Node]:
+    """Inputs that the graph writes to in the end, and what is computed of them without an exchange between.
+
+    Backward may compute from an input what forward did, and would find the new values; what was received is saved.
+    """
+    copy_ = torch.ops.aten.copy_.default
+    stale = {node.all_input_nodes[0] for node in graph.nodes if node.target is copy_}
+    if stale:
+        for node in graph.nodes:
+            if node.target is not torch.ops.higher_order.with_effects and not stale.isdisjoint(node.all_input_nodes):
+                stale.add(node)
+    return stale
 
 
 def _exchanges() -> tuple[Any, ...]:

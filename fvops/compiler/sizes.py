@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch.fx import Graph, Node, Proxy
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._sympy.functions import CleanDiv, FloorDiv, Max, Min, Mod, PythonMod
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -58,7 +59,9 @@ def _computed(size: Node, symbols: dict[Any, Node]) -> Node | None:
         return None
     before = set(size.graph.nodes)
     with size.graph.inserting_before(size):
-        known = {symbol: Proxy(symbols[symbol]) for symbol in expression.free_symbols}
+        # One tracer: Max and Min refuse operands of two.
+        tracer = GraphAppendingTracer(size.graph)
+        known = {symbol: Proxy(symbols[symbol], tracer) for symbol in expression.free_symbols}
         made: Node = sympy_interp(PythonReferenceAnalysis, known, expression).node
     for node in size.graph.nodes:
         if node not in before:
