@@ -109,6 +109,7 @@ CANCELLED: dict[str, Program] = {
     "dims of size 1 dropped": lambda x: _sequence(_heads(x[:1]).squeeze().exp().view(_heads_shape(x[:1]))),
     "another memory format": lambda x: _sequence(_heads(x).clone(memory_format=torch.channels_last).exp()),
     "of sizes that were received": lambda x: _sequence((y := _heads(x)).flatten(0, 1).sin().unflatten(0, y.shape[:2])),
+    "scaled by a size": lambda x: _sequence((y := _heads(x)) * y.size(1) ** -0.5 + torch.full_like(y, x.size(1))),
     "lists": lambda x: tuple(_sequences([y.sin() for y in _heads_of([x, x.cos(), x * 2])])),
     "a list, then single ones": lambda x: tuple(_sequence(y.exp()) for y in _heads_of([x, x.cos()])),
     "single ones, then a list": lambda x: tuple(_sequences([_heads(x).tanh(), _heads(x.cos()) * _heads(x.sin())])),

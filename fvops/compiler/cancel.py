@@ -22,7 +22,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fvops.compiler.log import note
-from fvops.compiler.sizes import same_shape
+from fvops.compiler.sizes import is_number, same_shape
 from fvops.compiler.token_chain import (
     add,
     arguments_of,
@@ -183,25 +183,42 @@ def _image_of(node: Node, images: dict[Node, _Image]) -> _Image | None:
 
 
 def _is_elementwise(node: Node) -> bool:
-    tags = node.target.tags  # type: ignore[union-attr]
+    if not _is_pointwise(node) or not isinstance(node.meta["val"], torch.Tensor):
+        return False
+    return all(_is_single(operand) or same_shape(operand, node) for operand in node.all_input_nodes)
+
+
+def _is_pointwise(node: Node) -> bool:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    tags = node.target.tags
     pointwise = torch.Tag.pointwise in tags or node.target is torch.ops.prims.convert_element_type.default
-    if not pointwise or torch.Tag.nondeterministic_seeded in tags:
-        return False
-    if not isinstance(node.meta["val"], torch.Tensor):
-        return False
-    # Sizes are arguments of views and of what fills a tensor alone.
-    return all(_is_number(operand) or same_shape(operand, node) for operand in node.all_input_nodes)
+    return pointwise and torch.Tag.nondeterministic_seeded not in tags
 
 
 def _is_constant(node: Node) -> bool:
-    """Is `node` one number in every place, the same on every rank?"""
+    """Is `node` a number, or a tensor with one number in every place, the same on every rank?"""
+    if is_number(node):
+        return True
     if node.target is aten.full.default:
-        return isinstance(node.args[1], (bool, int, float, complex))
-    return node.target is aten.scalar_tensor.default and isinstance(node.args[0], (bool, int, float, complex))
+        return _is_given(node.args[1])
+    if node.target is aten.scalar_tensor.default:
+        return _is_given(node.args[0])
+    # Where a length is a symbol, torch computes Python's floats in tensors without dims.
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.dim() or not _is_pointwise(node):
+        return False
+    return bool(node.all_input_nodes) and all(map(_is_constant, node.all_input_nodes))
 
 
-def _is_number(node: Node) -> bool:
+def _is_given(number: Any) -> bool:
+    return is_number(number) if isinstance(number, Node) else isinstance(number, (bool, int, float, complex))
+
+
+def _is_single(node: Node) -> bool:
     """Is `node` a constant that fits beside any shape?"""
+    if is_number(node):
+        return True
     if not _is_constant(node):
         return False
     shape = node.meta["val"].shape
@@ -222,7 +239,7 @@ def _before_exchange(node: Node, images: dict[Node, _Image], received: dict[Node
         if image in received:
             return received[image].sent
         if _is_constant(image):
-            return image if _is_number(image) else _constant_of_one(image, like)
+            return image if _is_single(image) else _constant_of_one(image, like)
         # A view is taken back in the end, and what is elementwise does the same until then; so it does for a copy.
         if _is_view(image) or image.target in _COPIES:
             return replay(image.all_input_nodes[0])
@@ -252,7 +269,8 @@ def _before_exchange(node: Node, images: dict[Node, _Image], received: dict[Node
 def _constant_of_one(constant: Node, like: Node) -> Node:
     """`constant`, for what has another shape; not without dims, since then it would not count in type promotion."""
     _, number = constant.args
-    value = fake_run(aten.full.default, [1], number, **constant.kwargs)
+    given = number.meta["val"] if isinstance(number, Node) else number
+    value = fake_run(aten.full.default, [1], given, **constant.kwargs)
     made = add(like, aten.full.default, ([1], number), like, value=value)
     made.kwargs = constant.kwargs
     return made

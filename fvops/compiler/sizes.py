@@ -14,7 +14,7 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Graph, Node, Proxy
-from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true, sym_eq
 from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._sympy.functions import CleanDiv, FloorDiv, Max, Min, Mod, PythonMod
 from torch.utils._sympy.interp import sympy_interp
@@ -23,12 +23,18 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 # What sizes are made of; torch's interpreter cannot write all else, such as rounding, into a graph.
 _ARITHMETIC = (sympy.Symbol, sympy.Integer, sympy.Add, sympy.Mul, FloorDiv, CleanDiv, Mod, PythonMod, Max, Min)
 
-__all__ = ["read_from_symbols", "same_shape"]
+__all__ = ["is_number", "read_from_symbols", "same_shape"]
 
 
 def same_shape(one: Node, other: Node) -> bool:
     """Are the shapes of two tensors known to be equal? No guard is added to find out."""
     return statically_known_true(sym_eq(tuple(one.meta["val"].shape), tuple(other.meta["val"].shape)))
+
+
+def is_number(node: Node) -> bool:
+    """Is `node` a number made of sizes? Not one that was read out of a tensor, which each rank has for itself."""
+    value = node.meta.get("val")
+    return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) and not free_unbacked_symbols(value)
 
 
 def read_from_symbols(graph: Graph) -> int:
