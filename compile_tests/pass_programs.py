@@ -344,9 +344,7 @@ def compare_with_eager(
         expected, sequence = _run(together, example(batch, part), train)
         got, compiled_sequence = _run(compiled, example(batch, part), train)
         for index, (e, g) in enumerate(zip(expected, got, strict=True)):
-            # Of the largest value: small elements of a gradient may be differences of large terms.
-            atol = 1e-9 * max(1.0, float(e.abs().max()))
-            torch.testing.assert_close(g, e, rtol=1e-9, atol=atol, msg=lambda t, index=index: f"result {index}: {t}")
+            torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-9, msg=lambda t, index=index: f"result {index}: {t}")
             if g.stride() != e.stride():
                 raise AssertionError(f"result {index}: eager strides {e.stride()}, compiled {g.stride()}")
         sequences[0].extend(sequence)

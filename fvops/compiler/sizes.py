@@ -49,7 +49,7 @@ def read_from_symbols(graph: Graph) -> int:
             symbols.setdefault(value.node.expr, node)
         if node.target is torch.ops.aten.sym_size.int and node.all_input_nodes[0].op != "placeholder":
             computed = _computed(node, symbols)
-            if computed is not None and computed is not node:
+            if computed is not None:
                 node.replace_all_uses_with(computed)
                 graph.erase_node(node)
                 replaced += 1
