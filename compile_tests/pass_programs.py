@@ -1,7 +1,8 @@
 """Programs for the passes, and how a run with passes is compared with eager.
 
-Each takes ``x [B, 2P, 4PP, 5]``, this rank's part. `compare_with_eager` compiles one under some switches, checks values
-and gradients, and hands back what both runs issued.
+Each takes ``x [B, 2P, 4PP, 5]``, this rank's part, and takes means rather than sums: compiled code rounds otherwise
+than eager, and what that makes of the result may not grow with the world. `compare_with_eager` compiles one under some
+switches, checks values and gradients, and hands back what both runs issued.
 """
 
 from __future__ import annotations
@@ -58,17 +59,17 @@ def _dependent(x: Tensor) -> Tensor:
 def _another_op_between(x: Tensor) -> Tensor:
     y = _heads(x)
     total = fvops.get_sp_group().all_reduce(x)
-    return y.sum() + _heads(x * 2).sum() + total
+    return y.mean() + _heads(x * 2).mean() + total
 
 
 def _both_directions(x: Tensor) -> Tensor:
-    return _heads(x).sum() + _sequence(x.sin()).mean()
+    return _heads(x).mean() + _sequence(x.sin()).mean()
 
 
 def _with_a_list(x: Tensor) -> Tensor:
     y = _heads(x.sin())
     z, w = fvops.get_sp_group().all_to_all_4D_coalesced([x * 3, x[..., :2].cos()], 2, 1)
-    return y * z + w.sum()
+    return y * z + w.mean()
 
 
 def _one_unread(x: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ def _one_unread(x: Tensor) -> Tensor:
 
 def _read_before_the_second(x: Tensor) -> tuple[Tensor, Tensor]:
     early = _heads(x).sin()
-    return early.sum(), _heads(x.exp()) + early
+    return early.mean(), _heads(x.exp()) + early
 
 
 # name -> (program, the tensors in each exchange of the forward under `merge`)
@@ -160,7 +161,7 @@ def _halved(shape: tuple[int, ...]) -> tuple[int, ...]:
 KEPT: dict[str, tuple[Program, int]] = {
     "result read elsewhere": (lambda x: (_sequence((y := _heads(x)).sin()), y), 1),
     "a tensor of this rank": (lambda x: _sequence(_heads(x) * x.repeat(1, 1, 1, 1)[:, :1, :1].sum(1, keepdim=True)), 2),
-    "a number in a tensor": (lambda x: _sequence(_heads(x) + x.sum()), 2),
+    "a number in a tensor": (lambda x: _sequence(_heads(x) + x.mean()), 2),
     "another order": (lambda x: _sequence(_heads(x).flip(1)), 2),
     "a sum": (lambda x: _sequence(_heads(x) + _heads(x).sum(1, keepdim=True)), 3),
     "permuted": (lambda x: _sequence(_heads(_square(x)).transpose(1, 2)), 2),
@@ -208,7 +209,7 @@ def _written_in_place(x: Tensor) -> tuple[Tensor, Tensor]:
 def _reduced_meanwhile(x: Tensor) -> tuple[Tensor, Tensor]:
     y = _heads(x.cos())
     z = fvops.get_sp_group().all_reduce(x @ _matrix(x))
-    return y @ _matrix(x), z + _sequence(x * 3).sum()
+    return y @ _matrix(x), z + _sequence(x * 3).mean()
 
 
 def _views(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,7 +234,8 @@ OVERLAPPED: dict[str, tuple[Program, int]] = {
 
 def _weight(x: Tensor, rows: int, columns: int) -> Tensor:
     """A matrix that depends on x, so that its gradient is looked at."""
-    return (torch.arange(rows * columns, dtype=x.dtype).view(rows, columns) * x.mean()).sin() / rows
+    steps = torch.linspace(0, 3, rows * columns, dtype=x.dtype).view(rows, columns)
+    return (steps * x.mean()).sin() / max(rows, columns)
 
 
 def _projected(x: Tensor, bias: bool) -> Tensor:
@@ -276,7 +278,7 @@ def _projected_before_with_one_number(x: Tensor) -> Tensor:
 
 def _only_summed(x: Tensor) -> Tensor:
     y = _sequence(x.sin()).flatten(2)
-    return F.linear(y, _weight(x, 6, y.size(2))).sum() * y.sum((0, 1)).cos()
+    return F.linear(y, _weight(x, 6, y.size(2))).mean() * y.mean((0, 1)).cos()
 
 
 # name -> (program, products that read received parts, products that write packed buffers), without gradients
