@@ -110,6 +110,7 @@ CANCELLED: dict[str, Program] = {
     "dims of size 1 dropped": lambda x: _sequence(_heads(x[:1]).squeeze().exp().view(_heads_shape(x[:1]))),
     "another memory format": lambda x: _sequence(_heads(x).clone(memory_format=torch.channels_last).exp()),
     "of sizes that were received": lambda x: _sequence((y := _heads(x)).flatten(0, 1).sin().unflatten(0, y.shape[:2])),
+    "of a rounded size": lambda x: _sequence((y := _heads(_rounded(x))).flatten(0, 1).sin().unflatten(0, y.shape[:2])),
     "scaled by a size": lambda x: _sequence((y := _heads(x)) * y.size(1) ** -0.5 + torch.full_like(y, x.size(1))),
     "lists": lambda x: tuple(_sequences([y.sin() for y in _heads_of([x, x.cos(), x * 2])])),
     "a list, then single ones": lambda x: tuple(_sequence(y.exp()) for y in _heads_of([x, x.cos()])),
@@ -123,6 +124,11 @@ def _filled(y: Tensor) -> Tensor:
     # Whole numbers in float32: what else is rounded to it, compiled code of torch 2.11 rounds less often than eager.
     steps = (z.detach() * 8).int().float() + torch.full_like(y, 0.5)
     return torch.where(z < 0.1, torch.full_like(z, 3), z + steps)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """Half as long again, as a program says that rounds: ``[B, int(1.5*S), H, D]``."""
+    return torch.cat([x, x.cos()], 1)[:, : int(x.size(1) * 1.5)]
 
 
 def _heads_of(tensors: list[Tensor]) -> list[Tensor]:

@@ -9,7 +9,6 @@ import torch
 
 import fvops
 from compile_tests.pass_programs import CANCELLED, KEPT, MERGED, PROGRAMS, Issued, compare_with_eager, example
-from fvops.compiler import pass_log
 from fvops.debug import record_collectives
 from tests.harness import Ranks
 
@@ -147,13 +146,9 @@ def test_both_at_dynamic_lengths(two_ranks: Ranks) -> None:
 
 def _compare_dynamic(names: list[str]) -> list[list[int]]:
     torch._dynamo.utils.counters.clear()
-    with pass_log() as notes:
-        results = compare_with_eager(names, {"merge": 1, "cancel": True}, False, dynamic=True)
+    results = compare_with_eager(names, {"merge": True, "cancel": True}, False, dynamic=True)
     stats = torch._dynamo.utils.counters["stats"]
     assert stats["unique_graphs"] == 1, stats
-    merged_anyhow = [note.what for note in notes if note.name == "merge"]
-    assert merged_anyhow, notes
-    assert all("of symbolic sizes, which the limit does not count" in what for what in merged_anyhow), merged_anyhow
     # Both lengths are in the sequences; `compare_with_eager` cuts them at the first length's barriers.
     return [[len(shapes) for _, shapes, _ in merged] for _, merged in results.values()]
 

@@ -114,21 +114,24 @@ def test_a_backward_graph_is_split_too(program: Callable[..., Tensor], product: 
     assert backward == ["mm", "all_to_all_4D_start", "mm", "all_to_all_4D_wait"]
 
 
-def _backward_under(limit: int) -> list[str]:
+def _backward_under(limit: int, symbolic: bool) -> list[str]:
     """The kernels of `_product_of_received`'s backward, without the loops."""
     with torch.device("meta"):
         inputs = [torch.empty(size, requires_grad=True) for size in ((1, 4, 16, 5), (7, 5))]
+    if symbolic:
+        torch._dynamo.mark_dynamic(inputs[0], 1)
     with planned_groups(sp_size=2), fvops.compiler.enable(overlap=limit):
         report = fvops.report(_product_of_received, *inputs, backward=True)
     return [name for kernel in report.graphs[1].kernels if (name := kernel.op.split("::")[-1])]
 
 
-def test_the_limit_is_on_what_comes_first_too() -> None:
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_the_limit_is_on_what_comes_first_too(symbolic: bool) -> None:
     """What leads to an exchange comes before autograd's other products only if what that holds longer fits, too."""
     gradient = 4 * 16 * 5 * 4  # of what was received, ahead of the weight's; it is sent, and as much is received
     limit = 3 * gradient
-    assert _backward_under(limit) == ["mm", "all_to_all_4D_start", "mm", "all_to_all_4D_wait"]
-    assert _backward_under(limit - 1) == ["mm", "mm", "all_to_all_4D"]
+    assert _backward_under(limit, symbolic) == ["mm", "all_to_all_4D_start", "mm", "all_to_all_4D_wait"]
+    assert _backward_under(limit - 1, symbolic) == ["mm", "mm", "all_to_all_4D"]
 
 
 def _training_code() -> list[list[str]]:

@@ -100,9 +100,7 @@ def _counting_starts() -> Iterator[list[str]]:
         DeviceCommunicatorBase.start_all_to_all_4D = plain  # type: ignore[method-assign]
 
 
-def _broken_promise(
-    eager: list[CollectiveRecord], compiled: list[CollectiveRecord], passes: dict[str, Any], dynamic: bool
-) -> str:
+def _broken_promise(eager: list[CollectiveRecord], compiled: list[CollectiveRecord], passes: dict[str, Any]) -> str:
     """What is wrong with the compiled sequence, "" if it is as the passes promise."""
     may_go = {op for name, ops in DROPPED.items() if passes[name] for op in ops}
     if not passes["merge"]:
@@ -116,9 +114,8 @@ def _broken_promise(
     if not {op for _, op, _, _ in missing} <= may_go:
         return f"dropped {missing}"
     limit = MERGE_BYTES if passes["merge"] is True else passes["merge"]
-    # A list of the program's own may be of any size, and symbolic sizes count as 0 bytes.
     above = [record for record in compiled if record.op.endswith("_coalesced") and record.nbytes > limit]
-    own = [] if dynamic else [record for record in above if record not in eager]
+    own = [record for record in above if record not in eager]  # a list of the program's own may be of any size
     return f"merged above {limit} bytes: {own}" if own else ""
 
 
@@ -137,7 +134,7 @@ def _both_ways(steps: list[Step], passes: dict[str, Any], variant: dict[str, Any
     found["counts"] = {"eager": len(records), "compiled": len(compiled_records), "dropped": len(missing or ())}
     found["counts"]["split"] = len(starts)
     found["counts"]["absorbed"] = sum(note.name == "absorb" for note in notes)
-    found["difference"] = _broken_promise(records, compiled_records, passes, bool(variant.get("dynamic")))
+    found["difference"] = _broken_promise(records, compiled_records, passes)
     if starts and not passes["overlap"]:
         found["difference"] = f"{len(starts)} exchanges were split"
     for index, (e, g) in enumerate(zip(expected, got, strict=True)):

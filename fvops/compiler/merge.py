@@ -17,6 +17,7 @@ from torch._inductor.pattern_matcher import stable_topological_sort
 from torch.fx import Graph, Node
 
 from fvops.compiler.log import note
+from fvops.compiler.sizes import fits
 from fvops.compiler.token_chain import (
     arguments_of,
     bytes_sent,
@@ -25,7 +26,6 @@ from fvops.compiler.token_chain import (
     insert,
     is_call,
     is_fixed,
-    not_counted,
     op_of,
     read,
     remove,
@@ -42,18 +42,17 @@ class _Run:
     """Exchanges that go together, so far."""
 
     members: list[Node] = dataclasses.field(default_factory=list)
-    nbytes: int = 0
+    # A SymInt where sizes are symbolic.
+    nbytes: Any = 0
     # Everything that is computed from what a member received.
     downstream: set[Node] = dataclasses.field(default_factory=set)
 
     def admits(self, call: Node, limit: int) -> bool:
-        if (
-            not self.members
-            or _direction(call) != _direction(self.members[0])
-            or self.nbytes + bytes_sent(call) > limit
-        ):
+        if not self.members or _direction(call) != _direction(self.members[0]):
             return False
-        return not self.downstream.intersection(inputs_of(call))
+        if not self.downstream.isdisjoint(inputs_of(call)):
+            return False
+        return fits(self.nbytes + bytes_sent(call), limit)
 
     def take(self, call: Node) -> None:
         self.members.append(call)
@@ -62,11 +61,7 @@ class _Run:
 
 
 def merge_exchanges(graph: Graph, limit: int) -> int:
-    """Merge what can be merged, each merged exchange of at most `limit` input bytes; the number of calls saved.
-
-    Symbolic sizes count as nothing: what they stand for may differ between two compilations of one program, and the
-    decision may not.
-    """
+    """Merge what can be merged, each merged exchange of at most `limit` input bytes; the number of calls saved."""
     runs: list[_Run] = []
     open_run = _Run()
     for node in graph.nodes:
@@ -118,7 +113,7 @@ def _merge(members: list[Node]) -> None:
     if packed:
         op, arguments = _exchanges()[2], (inputs, *dims, False, P, group_name)
     _, token, results = insert(last, token_before(first), op, arguments, last)
-    what = f"all_to_all_4D as one exchange of {len(inputs)} tensors" + "".join({*map(not_counted, members)})
+    what = f"all_to_all_4D as one exchange of {len(inputs)} tensors"
     note("merge", what, last, len(members))
     place = 0
     for member in members:

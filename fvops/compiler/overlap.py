@@ -19,6 +19,7 @@ from torch._inductor import config
 from torch.fx import Graph, Node
 
 from fvops.compiler.log import note
+from fvops.compiler.sizes import at_hint
 from fvops.compiler.token_chain import (
     add,
     arguments_of,
@@ -30,7 +31,6 @@ from fvops.compiler.token_chain import (
     is_call,
     is_fixed,
     nbytes,
-    not_counted,
     op_of,
     read,
     remove,
@@ -45,8 +45,7 @@ def overlap_exchanges(graph: Graph, limit: int) -> int:
     """Split the exchanges beside which something can be computed; how many there were.
 
     Args:
-        limit: bytes that may be held longer at any time. Symbolic sizes count as nothing, since what they stand for may
-            differ between two compilations of one program.
+        limit: bytes that may be held longer at any time, at the sizes that the graph is compiled with.
     """
     exchanges = {call: result for call in graph.nodes if (result := _splittable(call, limit)) is not None}
     if not exchanges or _captured_in_pieces(graph):
@@ -124,9 +123,9 @@ class _Stretch:
         # Exchanges under way, the oldest first.
         self._open: list[Node] = []
         # What was computed before its turn: bytes, by the node's number.
-        self._ahead: dict[int, int] = {}
+        self._ahead: dict[int, float] = {}
         # Bytes of both.
-        self._held = 0
+        self._held: float = 0
         self._first = 0
         self._order: list[Node] = []
         self._placed: set[Node] = set()
@@ -198,9 +197,9 @@ class _Stretch:
                     self._make_ready(user)
 
 
-def _held(call: Node) -> int:
+def _held(call: Node) -> float:
     """Bytes that are sent and received, which a started exchange keeps."""
-    return 2 * bytes_sent(call)
+    return 2 * at_hint(bytes_sent(call))
 
 
 def _computes(node: Node) -> bool:
@@ -213,12 +212,12 @@ def _computes(node: Node) -> bool:
     return isinstance(value, (torch.Tensor, list, tuple)) and not aliases
 
 
-def _result_bytes(node: Node) -> int:
+def _result_bytes(node: Node) -> float:
     if not _computes(node):
         return 0
     value = node.meta["val"]
     values = value if isinstance(value, (list, tuple)) else [value]
-    return sum(nbytes(one) for one in values if isinstance(one, torch.Tensor))
+    return sum(at_hint(nbytes(one)) for one in values if isinstance(one, torch.Tensor))
 
 
 def _split(call: Node, result: Node) -> None:
@@ -233,7 +232,7 @@ def _split(call: Node, result: Node) -> None:
     arguments = (inputs_of(call), *dims, form, *world)
     _, token, ticket = insert(call, token_before(call), ops.all_to_all_4D_start.default, arguments, call)
     waited = (ticket, *arguments)
-    note("overlap", f"{op_of(call)._opname} split into start and wait{not_counted(call)}", call)
+    note("overlap", f"{op_of(call)._opname} split into start and wait", call)
     values = torch.fx.map_arg(waited, lambda node: node.meta["val"])
     received = fake_run(ops.all_to_all_4D_wait.default, *values)
     wait = add(result, ops.all_to_all_4D_wait.default, waited, result, value=received)

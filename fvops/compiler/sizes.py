@@ -1,4 +1,4 @@
-"""Symbolic sizes: what is known of them without a guard, and where they are read.
+"""Symbolic sizes: what is known of them without a guard, where they are read, and limits on what they make.
 
 A trace asks some tensor for each size that it needs: often what an exchange received, which would then count as read
 although nobody wants its elements. The pass that decides whether it is read has to see the same at a number and at a
@@ -9,21 +9,29 @@ Checked on torch 2.11 and 2.13; `compile_tests/test_internals.py` fails when sym
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import sympy
 import torch
 from torch.fx import Graph, Node, Proxy
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true, sym_eq
+from torch.fx.experimental.symbolic_shapes import (
+    StrictMinMaxConstraint,
+    free_symbols,
+    free_unbacked_symbols,
+    guard_or_false,
+    statically_known_true,
+    sym_eq,
+)
 from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._sympy.functions import CleanDiv, FloorDiv, Max, Min, Mod, PythonMod
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-# What sizes are made of; torch's interpreter cannot write all else, such as rounding, into a graph.
+# What sizes are made of; torch's interpreter cannot write all else, such as rounding, into a graph of integers.
 _ARITHMETIC = (sympy.Symbol, sympy.Integer, sympy.Add, sympy.Mul, FloorDiv, CleanDiv, Mod, PythonMod, Max, Min)
 
-__all__ = ["is_number", "read_from_symbols", "same_shape"]
+__all__ = ["at_hint", "fits", "is_number", "read_from_symbols", "same_shape"]
 
 
 def same_shape(one: Node, other: Node) -> bool:
@@ -37,29 +45,72 @@ def is_number(node: Node) -> bool:
     return isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) and not free_unbacked_symbols(value)
 
 
+def fits(nbytes: Any, limit: int) -> bool:
+    """Is `nbytes` at most `limit`, for all sizes that the graph is run with?
+
+    Where that depends on a symbol, a guard is added: at sizes for which the answer is another one, the program is
+    compiled anew. So ranks decide alike whatever lengths each has met before. (torch compiles a backward graph of
+    symbolic sizes together with its forward graph, so that it takes guards, too.) False where no guard can tell: of
+    sizes that are data, of a dim for which the program declared a range, and once the guards are made.
+    """
+    if isinstance(nbytes, int):
+        return nbytes <= limit
+    fit = nbytes <= limit
+    if statically_known_true(fit):
+        return True
+    shape_env = nbytes.node.shape_env
+    if shape_env.frozen or _has_declared_range(shape_env, nbytes.node.expr.free_symbols):
+        return False
+    return guard_or_false(fit)
+
+
+def at_hint(number: Any) -> float:
+    """`number` at the sizes that the graph is compiled with; infinite if it depends on data."""
+    value = number if isinstance(number, int) else number.node.hint
+    return value if isinstance(value, int) else math.inf
+
+
+def _has_declared_range(shape_env: Any, symbols: set[Any]) -> bool:
+    """Does the program declare least or most values of one of `symbols`? torch refuses guards on such a dim."""
+    for tracked in shape_env.tracked_fakes or ():
+        constraints = getattr(tracked.symbolic_context, "constraint_sizes", None) or ()
+        for size, constraint in zip(getattr(tracked.fake, "shape", ()), constraints, strict=False):
+            if isinstance(constraint, StrictMinMaxConstraint) and not symbols.isdisjoint(free_symbols(size)):
+                return True
+    return False
+
+
 def read_from_symbols(graph: Graph) -> int:
-    """Compute each size of a tensor made in the graph from the graph's own symbols; how many are read elsewhere now."""
-    symbols: dict[Any, Node] = {}
+    """Compute each size of a tensor made in the graph from what else the graph has; how many are read elsewhere now.
+
+    That is the graph's own symbols, and what is rounded of them where the program rounds.
+    """
+    known: dict[Any, Node] = {}
     replaced = 0
     for node in list(graph.nodes):
         value = node.meta.get("val")
         if not isinstance(value, torch.SymInt):
             continue
-        if value.node.expr.is_Symbol:
-            symbols.setdefault(value.node.expr, node)
+        expression = value.node.expr
         if node.target is torch.ops.aten.sym_size.int and node.all_input_nodes[0].op != "placeholder":
-            computed = _computed(node, symbols)
+            computed = _computed(node, known)
             if computed is not None:
                 node.replace_all_uses_with(computed)
                 graph.erase_node(node)
                 replaced += 1
+                continue
+        if expression.is_Symbol or not _is_arithmetic(expression):
+            known.setdefault(expression, node)
     return replaced
 
 
-def _computed(size: Node, symbols: dict[Any, Node]) -> Node | None:
-    """A node in front of `size` that computes it from symbols; None where the graph lacks one, or for a rounding."""
-    expression = size.meta["val"].node.expr
-    if not expression.free_symbols or not expression.free_symbols <= symbols.keys():
+def _computed(size: Node, known: dict[Any, Node]) -> Node | None:
+    """A node in front of `size` that computes it from what is known; None where that is not enough."""
+    # What is rounded stands for itself, as a symbol does.
+    symbols = {part: part if part.is_Symbol else sympy.Dummy(integer=True) for part in known}
+    expression = size.meta["val"].node.expr.xreplace(symbols)
+    nodes = {symbol: known[part] for part, symbol in symbols.items()}
+    if not expression.free_symbols or not expression.free_symbols <= nodes.keys():
         return None
     if not all(map(_is_arithmetic, sympy.preorder_traversal(expression))):
         return None
@@ -67,8 +118,8 @@ def _computed(size: Node, symbols: dict[Any, Node]) -> Node | None:
     with size.graph.inserting_before(size):
         # One tracer: Max and Min refuse operands of two.
         tracer = GraphAppendingTracer(size.graph)
-        known = {symbol: Proxy(symbols[symbol], tracer) for symbol in expression.free_symbols}
-        made: Node = sympy_interp(PythonReferenceAnalysis, known, expression).node
+        proxies = {symbol: Proxy(nodes[symbol], tracer) for symbol in expression.free_symbols}
+        made: Node = sympy_interp(PythonReferenceAnalysis, proxies, expression).node
     for node in size.graph.nodes:
         if node not in before:
             arguments: Any = torch.fx.map_arg(node.args, lambda operand: operand.meta["val"])

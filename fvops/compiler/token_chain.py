@@ -26,7 +26,6 @@ __all__ = [
     "is_fixed",
     "is_read",
     "nbytes",
-    "not_counted",
     "op_of",
     "read",
     "remove",
@@ -76,27 +75,14 @@ def inputs_of(exchange: Node) -> list[Node]:
     return list(tensors) if isinstance(tensors, (list, tuple)) else [tensors]
 
 
-def bytes_sent(exchange: Node) -> int:
-    """Of all that an exchange sends, what stays on this rank included; what has symbolic sizes counts as nothing."""
+def bytes_sent(exchange: Node) -> Any:
+    """Of all that an exchange sends, what stays on this rank included: an int, or a SymInt of symbolic sizes."""
     return sum(nbytes(tensor.meta["val"]) for tensor in inputs_of(exchange))
 
 
-def nbytes(value: Any) -> int:
-    """The bytes of the fake tensor `value`, 0 where its sizes are symbolic.
-
-    What a symbol stands for may differ between two compilations of one program, and what a pass decides may not.
-    """
-    return 0 if _is_symbolic(value) else value.numel() * value.element_size()
-
-
-def _is_symbolic(value: Any) -> bool:
-    return not isinstance(value.numel(), int)
-
-
-def not_counted(exchange: Node) -> str:
-    """What to tell of an exchange whose bytes a limit does not count, "" if it does."""
-    symbolic = any(_is_symbolic(tensor.meta["val"]) for tensor in inputs_of(exchange))
-    return ", of symbolic sizes, which the limit does not count" if symbolic else ""
+def nbytes(value: Any) -> Any:
+    """The bytes of the fake tensor `value`: an int, or a SymInt of symbolic sizes."""
+    return value.numel() * value.element_size()
 
 
 def is_fixed(node: Node) -> bool:
