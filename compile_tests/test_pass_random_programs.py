@@ -217,11 +217,11 @@ def test_the_check_reports_broken_promises() -> None:
     """One tensor more or less, a merged one without merge, one above the limit."""
     off: dict[str, Any] = {"merge": False, "cancel": False, "dead": False}
     single, merged = [_exchange(4), _exchange(4)], [_exchange(4, 4)]
-    assert not _broken_promise(single, single, off, dynamic=False)
-    assert "without merge" in _broken_promise(single, merged, off, dynamic=False)
-    assert "dropped" in _broken_promise(single, single[1:], off, dynamic=False)
-    assert not _broken_promise(single, single[1:], {**off, "dead": True}, dynamic=False)
-    assert not _broken_promise(single, merged, {**off, "merge": 512}, dynamic=False)
-    assert "above 511 bytes" in _broken_promise(single, merged, {**off, "merge": 511}, dynamic=False)
-    assert not _broken_promise(merged, merged, {**off, "merge": 511}, dynamic=False)
-    assert "eager sent" in _broken_promise(single, [*merged, _exchange(4)], {**off, "merge": True}, dynamic=False)
+    assert not _broken_promise(single, single, off)
+    assert "without merge" in _broken_promise(single, merged, off)
+    assert "dropped" in _broken_promise(single, single[1:], off)
+    assert not _broken_promise(single, single[1:], {**off, "dead": True})
+    assert not _broken_promise(single, merged, {**off, "merge": 512})
+    assert "above 511 bytes" in _broken_promise(single, merged, {**off, "merge": 511})
+    assert not _broken_promise(merged, merged, {**off, "merge": 511})
+    assert "eager sent" in _broken_promise(single, [*merged, _exchange(4)], {**off, "merge": True})
