@@ -264,3 +264,27 @@ def test_sizes_are_written_as_the_program_computed_them(size: Callable[[Any], An
     traced.recompile()
     result, length = traced(torch.ones(12, 5), 12)
     assert length == len(result) == size(12)
+
+
+def test_an_overwritten_input_is_described_in_the_joint_graph() -> None:
+    """fvops/compiler/overwritten.py."""
+    from torch._inductor import config
+
+    from fvops.compiler.overwritten import overwritten
+
+    seen: list[list[str]] = []
+
+    def look(graph: torch.fx.Graph) -> None:
+        found = overwritten(graph)
+        seen.append([node.name for node in graph.nodes if node.op == "placeholder" and node in found])
+
+    def program(read: torch.Tensor, buffer: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+        result = read.sin() + written + buffer
+        buffer.add_(1)
+        written.mul_(2)
+        return result
+
+    with config.patch(joint_custom_pre_pass=look):
+        inputs = [torch.rand(3), torch.rand(3), torch.rand(3, requires_grad=True).cos()]
+        torch.compile(program, fullgraph=True)(*inputs)
+    assert seen == [["primals_2", "primals_3"]]

@@ -134,6 +134,45 @@ def test_with_the_passes_on(two_ranks: Ranks, reentrant: bool, selective: bool, 
     assert set().union(*(passes for _, _, passes in results)) == {"layout", "merge", "overlap", "absorb"}
 
 
+def _undone(x: Tensor, weight: Tensor) -> Tensor:
+    """An exchange and its inverse, products on both sides."""
+    group = fvops.get_sp_group()
+    received = group.all_to_all_4D((x @ weight).sin(), 2, 1)
+    return ((group.all_to_all_4D(received.exp().sin(), 1, 2).cos() @ weight).tanh() @ weight).sin()
+
+
+def _cancelled(reentrant: bool) -> list[tuple[list[str], int]]:
+    """What is issued and how many tensors are saved, without `cancel` and with it; values and gradients are eager's."""
+
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        return checkpoint(_undone, x, weight, use_reentrant=reentrant).cos()
+
+    generator = torch.Generator().manual_seed(fvops.get_sp_group().rank_in_group)
+    values = [torch.rand(size, generator=generator, dtype=torch.float64) for size in ((1, 4, 4, 6), (6, 6))]
+    found, told = [], []
+    for cancel in (None, False, True):
+        options = {**fvops.compiler.options(cancel=bool(cancel)), **ATEN_BETWEEN}
+        run = function if cancel is None else torch.compile(function, fullgraph=True, options=options)
+        leaves = [value.clone().requires_grad_() for value in values]
+        with record_collectives() as records:
+            result = run(*leaves)
+            saved = [] if cancel is None else result.grad_fn.saved_tensors
+            result.sum().backward()
+        found.append([result.detach(), *(leaf.grad for leaf in leaves)])
+        told.append(([op for _, op, _ in canonical(records)], len(saved)))
+    for got in found[1:]:
+        torch.testing.assert_close(got, found[0], rtol=1e-9, atol=1e-9)
+    return told[1:]
+
+
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_what_cancel_drops_is_not_saved_either(two_ranks: Ranks, reentrant: bool) -> None:
+    for (plain, saved), (cancelled, saved_without) in two_ranks.run(_cancelled, reentrant, deadline_s=200):
+        assert plain == ["all_to_all_4D"] * 4
+        assert cancelled == []
+        assert saved_without < saved
+
+
 class _Contexts:
     def __call__(self) -> Any:
         return fvops.compiler.checkpoint_context_fn()

@@ -78,6 +78,39 @@ def _drawn_between(reads_the_first: bool) -> int:
     return len(records)
 
 
+def test_a_write_in_place_is_not_passed(two_ranks: Ranks) -> None:
+    """What reads the first received tensor and what is overwritten before the second exchange reads the old values."""
+    assert two_ranks.run(_written_between, deadline_s=300) == [2, 2]
+
+
+def _written_between() -> int:
+    """How many exchanges are issued; values are as eager's."""
+    group = fvops.get_sp_group()
+
+    def program(x: torch.Tensor, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        first = group.all_to_all_4D(x.sin(), 2, 1)
+        read = first.mean() * buffer
+        buffer.add_(1)
+        return read, group.all_to_all_4D(x.cos(), 2, 1)
+
+    def write_at_once(graph: torch.fx.Graph) -> None:
+        """AOTAutograd puts the write to the end: have it where the program has it."""
+        (write,) = (node for node in graph.nodes if node.target is torch.ops.aten.copy_.default)
+        cos = next(node for node in graph.nodes if node.target is torch.ops.aten.cos.default)
+        cos.prepend(write.args[1])
+        cos.prepend(write)
+
+    options = {**fvops.compiler.options(merge=True), "post_grad_custom_pre_pass": write_at_once}
+    compiled = torch.compile(program, fullgraph=True, options=options)
+    x, results = example(), []
+    for function in (program, compiled):
+        buffer = x.exp()
+        with record_collectives() as records:
+            results.append((*function(x, buffer), buffer))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+    return len(records)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("tensors", "sizes"), [(2, [2, 1, 1]), (0.5, [1, 1, 1, 1])])
 def test_a_limit_ends_a_merged_exchange(two_ranks: Ranks, tensors: float, sizes: list[int]) -> None:
@@ -108,12 +141,13 @@ def test_cancelled_at_dynamic_lengths_too(two_ranks: Ranks) -> None:
     assert _exchanges(left) == []
 
 
-def test_an_input_that_is_overwritten_is_not_exchanged_anew(two_ranks: Ranks) -> None:
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_an_input_that_is_overwritten_is_not_exchanged_anew(two_ranks: Ranks, with_gradient: bool) -> None:
     """Backward would compute from the new values what forward had computed from the old ones."""
-    assert two_ranks.run(_overwriting, deadline_s=300) == [2, 2]
+    assert two_ranks.run(_overwriting, with_gradient, deadline_s=300) == [2, 2]
 
 
-def _overwriting() -> int:
+def _overwriting(with_gradient: bool) -> int:
     """How many exchanges of the forward pass stay; gradients are as eager's."""
     group = fvops.get_sp_group()
 
@@ -125,10 +159,12 @@ def _overwriting() -> int:
     compiled = torch.compile(program, fullgraph=True, options=fvops.compiler.options(cancel=True))
     gradients = []
     for function in (program, compiled):
-        x, buffer = example().requires_grad_(), example().cos()
+        x, source = example().requires_grad_(), example().requires_grad_(with_gradient)
+        buffer = source.cos()
         with record_collectives() as records:
             result = function(x, buffer)
-        gradients.append(torch.autograd.grad(result.sum(), x))
+        sources = [x, source] if with_gradient else [x]
+        gradients.append(torch.autograd.grad(result.sum() + buffer.sin().sum(), sources))
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-9)
     return len(records)
 

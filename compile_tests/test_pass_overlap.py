@@ -15,6 +15,7 @@ from torch._inductor.utils import run_and_get_code
 import fvops
 from compile_tests.meeting import meet, wait_for
 from compile_tests.pass_programs import OVERLAPPED, PROGRAMS, Issued, compare_with_eager, example
+from fvops.compiler import pass_log
 from fvops.debug import record_collectives
 from fvops.graph_report import planned_groups
 from tests.harness import Ranks
@@ -38,6 +39,25 @@ def test_eager_s_values_and_sequence(two_ranks: Ranks, train: bool) -> None:
     for rank in two_ranks.run(_compare, list(OVERLAPPED), OVERLAP, train, deadline_s=300):
         for eager, overlapped in _pairs(rank):
             assert overlapped == eager
+
+
+def _beside_others(train: bool) -> tuple[Issued, Issued, int]:
+    """Rank 0 splits, rank 1 up to a limit, the others nothing; also how many exchanges this rank splits."""
+    limit = (True, 2000, False, False)[fvops.get_sp_group().rank_in_group]
+    with pass_log() as notes:
+        sequences = _compare(list(OVERLAPPED), {"overlap": limit}, train)
+    return sequences[::2], sequences[1::2], sum(note.name == "overlap" for note in notes)
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True], ids=["inference", "training"])
+def test_ranks_that_split_otherwise_stay_in_step(world_size: int, train: bool) -> None:
+    results = Ranks.get(world_size).run(_beside_others, train, deadline_s=300)
+    for eager, overlapped, _ in results:
+        assert overlapped == eager == results[0][0]
+    splits = [split for _, _, split in results]
+    assert splits[0] > splits[1], splits
+    assert splits[2:] == [0] * (world_size - 2)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fvops.compiler.log import note
+from fvops.compiler.overwritten import overwritten
 from fvops.compiler.sizes import is_number, same_shape
 from fvops.compiler.token_chain import (
     add,
@@ -96,7 +97,7 @@ def cancel_inverses(graph: Graph) -> int:
     """
     images: dict[Node, _Image] = {}
     received: dict[Node, _Received] = {}
-    stale = _overwritten(graph)
+    stale = overwritten(graph)
     dropped = 0
     for node in list(graph.nodes):
         if is_call(node, _exchanges()):
@@ -120,20 +121,6 @@ def cancel_inverses(graph: Graph) -> int:
     if dropped:
         dropped += _drop_unread(images, received)
     return dropped
-
-
-def _overwritten(graph: Graph) -> set[Node]:
-    """Inputs that the graph writes to in the end, and what is computed of them without an exchange between.
-
-    Backward may compute from an input what forward did, and would find the new values; what was received is saved.
-    """
-    copy_ = torch.ops.aten.copy_.default
-    stale = {node.all_input_nodes[0] for node in graph.nodes if node.target is copy_}
-    if stale:
-        for node in graph.nodes:
-            if node.target is not torch.ops.higher_order.with_effects and not stale.isdisjoint(node.all_input_nodes):
-                stale.add(node)
-    return stale
 
 
 def _exchanges() -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 Two exchanges are neighbours if no other ordered op stands between them in the token chain. They merge if they are in
 the same direction and neither reads, however indirectly, what the other received; nor does anything between them that
-has to keep its place, such as a random draw. The result is one
+has to keep its place, such as a random draw; nor does anything between them write in place. The result is one
 `all_to_all_4D_coalesced`, where each tensor keeps its own layout, at the place of the last of them; of exchanges that
 are opened up (`layout`), one `all_to_all_4D_packed`.
 """
@@ -32,6 +32,7 @@ from fvops.compiler.token_chain import (
     result_of,
     results_of,
     token_before,
+    writes,
 )
 
 __all__ = ["merge_exchanges"]
@@ -54,6 +55,16 @@ class _Run:
             return False
         return fits(self.nbytes + bytes_sent(call), limit)
 
+    def is_passed_by(self, node: Node) -> bool:
+        """Would `node`, which has to keep its place, be overtaken or left behind if one more exchange joined?
+
+        What reads a received tensor would come behind all that stands before the last member: so a random draw behind
+        later draws, and others behind a write to what they read, too.
+        """
+        if not self.downstream or not is_fixed(node):
+            return False
+        return writes(node) or not self.downstream.isdisjoint(node.all_input_nodes)
+
     def take(self, call: Node) -> None:
         self.members.append(call)
         self.nbytes += bytes_sent(call)
@@ -72,12 +83,11 @@ def merge_exchanges(graph: Graph, limit: int) -> int:
                 open_run = _Run()
             if exchange:
                 open_run.take(node)
+        elif open_run.is_passed_by(node):
+            runs.append(open_run)
+            open_run = _Run()
         elif not open_run.downstream.isdisjoint(node.all_input_nodes):
-            if is_fixed(node):  # merged, it would stand behind the last member, and behind what now follows it
-                runs.append(open_run)
-                open_run = _Run()
-            else:
-                open_run.downstream.add(node)
+            open_run.downstream.add(node)
     saved = 0
     for run in [*runs, open_run]:
         if len(run.members) > 1:

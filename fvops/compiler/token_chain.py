@@ -33,6 +33,7 @@ __all__ = [
     "results_of",
     "token_before",
     "token_of",
+    "writes",
 ]
 
 _with_effects = torch.ops.higher_order.with_effects
@@ -97,6 +98,11 @@ def is_fixed(node: Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.is_impure() or torch.Tag.nondeterministic_seeded in node.target.tags
     return isinstance(node.target, torch._ops.HigherOrderOperator) or node.is_impure()
+
+
+def writes(node: Node) -> bool:
+    """Does `node` write to a tensor that it is given? A functional graph mostly does so in `copy_` at its end only."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def token_before(call: Node) -> Node:
