@@ -34,7 +34,8 @@ def _pairs(sequences: list[Issued]) -> list[tuple[Issued, Issued]]:
     return list(zip(sequences[::2], sequences[1::2], strict=True))
 
 
-@pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True], ids=["inference", "training"])
+@pytest.mark.slow  # rank 0 of the next test shows the same
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 def test_eager_s_values_and_sequence(two_ranks: Ranks, train: bool) -> None:
     for rank in two_ranks.run(_compare, list(OVERLAPPED), OVERLAP, train, deadline_s=300):
         for eager, overlapped in _pairs(rank):
