@@ -152,11 +152,12 @@ def _image_of(node: Node, images: dict[Node, _Image]) -> _Image | None:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
     inputs = node.all_input_nodes
-    operands = inputs[:1] if _is_view(node) else [operand for operand in inputs if not _is_constant(operand)]
+    same = _viewed(node)
+    operands = [same] if same is not None else [operand for operand in inputs if not _is_constant(operand)]
     if not operands or any(operand not in images for operand in operands):
         return None
     first = images[operands[0]]
-    if _is_view(node):
+    if same is not None:
         viewed = first.viewed or operands[0]
         return dataclasses.replace(first, viewed=None if same_shape(node, viewed) else viewed)
     if node.target is aten.permute.default:
@@ -191,6 +192,11 @@ def _is_constant(node: Node) -> bool:
         return _is_given(node.args[1])
     if node.target is aten.scalar_tensor.default:
         return _is_given(node.args[0])
+    # `torch.tensor(number)`, where the number is no symbol.
+    if node.op == "get_attr":
+        return str(node.target).startswith("_tensor_constant") and node.meta["val"].dim() == 0
+    if node.target is aten.lift_fresh_copy.default:
+        return _is_constant(node.all_input_nodes[0])
     # Where a length is a symbol, torch computes Python's floats in tensors without dims.
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.dim() or not _is_pointwise(node):
@@ -212,10 +218,15 @@ def _is_single(node: Node) -> bool:
     return len(shape) == 0 or (len(shape) == 1 and isinstance(shape[0], int) and shape[0] == 1)
 
 
-def _is_view(node: Node) -> bool:
-    if node.target is aten.expand.default:
-        return same_shape(node, node.all_input_nodes[0])
-    return node.op == "call_function" and node.target in _VIEWS
+def _viewed(node: Node) -> Node | None:
+    """The input whose elements `node` has, in their order, maybe under another shape; None if there is none."""
+    whole = node.args[1] if node.target is aten.slice_scatter.default else next(iter(node.all_input_nodes), None)
+    if not isinstance(whole, Node):
+        return None
+    # Of the same shape, a part is all of it; and what is overwritten with it has nothing of its own left.
+    if node.target in (aten.expand.default, aten.slice.Tensor, aten.slice_scatter.default):
+        return whole if same_shape(node, whole) else None
+    return whole if node.op == "call_function" and node.target in _VIEWS else None
 
 
 def _before_exchange(node: Node, images: dict[Node, _Image], received: dict[Node, _Received], like: Node) -> Node:
@@ -228,8 +239,8 @@ def _before_exchange(node: Node, images: dict[Node, _Image], received: dict[Node
         if _is_constant(image):
             return image if _is_single(image) else _constant_of_one(image, like)
         # A view is taken back in the end, and what is elementwise does the same until then; so it does for a copy.
-        if _is_view(image) or image.target in _COPIES:
-            return replay(image.all_input_nodes[0])
+        if (same := _viewed(image)) is not None or image.target in _COPIES:
+            return replay(same or image.all_input_nodes[0])
         if image not in made:
             inputs = {operand: replay(operand) for operand in image.all_input_nodes}
             arguments = torch.fx.map_arg(image.args, inputs.__getitem__)

@@ -30,7 +30,7 @@ def take_slots() -> None:
 
 def _on_joint_graph(graph: Graph) -> None:
     switches = cache.switches_in_force()
-    if switches.cancel or switches.dead:
+    if switches.cancel or switches.dead or switches.merge:
         from fvops.compiler.sizes import read_from_symbols
 
         read_from_symbols(graph)

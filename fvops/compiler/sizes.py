@@ -1,4 +1,4 @@
-"""Symbolic sizes: what is known of them without a guard, where they are read, and limits on what they make.
+"""Symbolic sizes: whether they are equal, where they are read, and limits on what they make.
 
 A trace asks some tensor for each size that it needs: often what an exchange received, which would then count as read
 although nobody wants its elements. The pass that decides whether it is read has to see the same at a number and at a
@@ -21,7 +21,6 @@ from torch.fx.experimental.symbolic_shapes import (
     free_unbacked_symbols,
     guard_or_false,
     statically_known_true,
-    sym_eq,
 )
 from torch.fx.proxy import GraphAppendingTracer
 from torch.utils._sympy.functions import CleanDiv, FloorDiv, Max, Min, Mod, PythonMod
@@ -35,8 +34,22 @@ __all__ = ["at_hint", "fits", "is_number", "read_from_symbols", "same_shape"]
 
 
 def same_shape(one: Node, other: Node) -> bool:
-    """Are the shapes of two tensors known to be equal? No guard is added to find out."""
-    return statically_known_true(sym_eq(tuple(one.meta["val"].shape), tuple(other.meta["val"].shape)))
+    """Are the shapes of two tensors equal, at all sizes that the graph is run with? As `fits`, it adds a guard."""
+    shapes = one.meta["val"].shape, other.meta["val"].shape
+    return len(shapes[0]) == len(shapes[1]) and all(map(_same_size, *shapes))
+
+
+def _same_size(one: Any, other: Any) -> bool:
+    same = one == other
+    if statically_known_true(same) or statically_known_true(one != other):
+        return statically_known_true(same)
+    return _may_guard(same) and guard_or_false(same)
+
+
+def _may_guard(value: Any) -> bool:
+    """May a guard on `value` be added? Not once they are made, nor on a range that the program declares."""
+    shape_env = value.node.shape_env
+    return not shape_env.frozen and _declared(shape_env).isdisjoint(value.node.expr.free_symbols)
 
 
 def is_number(node: Node) -> bool:
@@ -50,18 +63,22 @@ def fits(nbytes: Any, limit: int) -> bool:
 
     Where that depends on a symbol, a guard is added: at sizes for which the answer is another one, the program is
     compiled anew. So ranks decide alike whatever lengths each has met before. (torch compiles a backward graph of
-    symbolic sizes together with its forward graph, so that it takes guards, too.) False where no guard can tell: of
-    sizes that are data, of a dim for which the program declared a range, and once the guards are made.
+    symbolic sizes together with its forward graph, so that it takes guards, too.) There is no guard on sizes that are
+    data, nor on a dim for which the program declared a range: these count with the most that is known of them. And
+    there is none once the guards are made.
     """
     if isinstance(nbytes, int):
         return nbytes <= limit
-    fit = nbytes <= limit
-    if statically_known_true(fit):
+    if statically_known_true(nbytes <= limit):
         return True
-    shape_env = nbytes.node.shape_env
-    if shape_env.frozen or _has_declared_range(shape_env, nbytes.node.expr.free_symbols):
+    shape_env, expression = nbytes.node.shape_env, nbytes.node.expr
+    if shape_env.frozen:
         return False
-    return guard_or_false(fit)
+    given = (free_unbacked_symbols(nbytes) | _declared(shape_env)) & expression.free_symbols
+    most = {symbol: shape_env.var_to_range[symbol].upper for symbol in given}
+    if not all(isinstance(size, (int, sympy.Integer)) for size in most.values()):
+        return False
+    return bool(shape_env.evaluate_expr(sympy.Le(expression.xreplace(most), limit), fallback_value=False))
 
 
 def at_hint(number: Any) -> float:
@@ -70,14 +87,15 @@ def at_hint(number: Any) -> float:
     return value if isinstance(value, int) else math.inf
 
 
-def _has_declared_range(shape_env: Any, symbols: set[Any]) -> bool:
-    """Does the program declare least or most values of one of `symbols`? torch refuses guards on such a dim."""
+def _declared(shape_env: Any) -> set[Any]:
+    """The symbols of which the program declares least or most values; torch refuses guards on such a dim."""
+    found: set[Any] = set()
     for tracked in shape_env.tracked_fakes or ():
         constraints = getattr(tracked.symbolic_context, "constraint_sizes", None) or ()
         for size, constraint in zip(getattr(tracked.fake, "shape", ()), constraints, strict=False):
-            if isinstance(constraint, StrictMinMaxConstraint) and not symbols.isdisjoint(free_symbols(size)):
-                return True
-    return False
+            if isinstance(constraint, StrictMinMaxConstraint):
+                found |= free_symbols(size)
+    return found
 
 
 def read_from_symbols(graph: Graph) -> int:

@@ -96,8 +96,23 @@ def is_fixed(node: Node) -> bool:
     if node.target in _BY_TOKENS:
         return False
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.is_impure() or torch.Tag.nondeterministic_seeded in node.target.tags
+        return node.is_impure(impure_random=False) or _draws(node)
     return isinstance(node.target, torch._ops.HigherOrderOperator) or node.is_impure()
+
+
+def _draws(node: Node) -> bool:
+    """Does `node` draw random numbers? Attention has the tag for its dropout, also where that is 0.
+
+    Inductor writes a program's own attention as one such op where lengths are numbers, and not where they are symbols.
+    """
+    target: Any = node.target
+    if torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    for place, argument in enumerate(target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = node.args[place] if place < len(node.args) else node.kwargs.get("dropout_p", argument.default_value)
+            return bool(given != 0)
+    return True
 
 
 def writes(node: Node) -> bool:
