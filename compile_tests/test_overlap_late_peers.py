@@ -64,7 +64,9 @@ def _one_group(inductor: dict[str, Any], train: bool, key: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("inductor", [{}, {"memory_planning": True}], ids=["", "memory planning"])
+@pytest.mark.parametrize(
+    "inductor", [{}, pytest.param({"memory_planning": True}, marks=pytest.mark.slow)], ids=["", "memory planning"]
+)
 @pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True], ids=["inference", "training"])
 def test_what_was_sent_is_not_reused_before_a_late_peer_has_it(
     two_ranks: Ranks, inductor: dict[str, Any], train: bool

@@ -112,6 +112,7 @@ def _with_cpp_wrapper() -> list[tuple[str, str]]:
     return [(note.name, note.what) for note in notes]
 
 
+@pytest.mark.slow
 def test_exchanges_stay_whole_under_cpp_wrapper(two_ranks: Ranks) -> None:
     expected = [
         (name, "all_to_all_4D stays whole under cpp_wrapper") for name in ("layout", "overlap") for _ in range(2)

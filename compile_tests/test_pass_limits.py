@@ -58,7 +58,7 @@ def _symbols_beside_numbers(lengths: tuple[int, ...], train: bool) -> list[list[
 
 
 @pytest.mark.parametrize("lengths", [_LENGTHS[1:3], pytest.param(_LENGTHS, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True], ids=["inference", "training"])
+@pytest.mark.parametrize("train", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["inference", "training"])
 def test_ranks_with_symbols_and_ranks_with_numbers_merge_alike(
     two_ranks: Ranks, train: bool, lengths: tuple[int, ...]
 ) -> None:

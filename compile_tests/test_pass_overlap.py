@@ -51,7 +51,7 @@ def _beside_others(train: bool) -> tuple[Issued, Issued, int]:
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True], ids=["inference", "training"])
+@pytest.mark.parametrize("train", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["inference", "training"])
 def test_ranks_that_split_otherwise_stay_in_step(world_size: int, train: bool) -> None:
     results = Ranks.get(world_size).run(_beside_others, train, deadline_s=300)
     for eager, overlapped, _ in results:
