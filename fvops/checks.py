@@ -81,8 +81,8 @@ def where(op: str, group_name: str) -> str:
 def check_strided(op: str, group_name: str, tensor: Tensor) -> None:
     """ValueError for sparse and other layouts without strides."""
     # Dynamo takes no sparse tensor into a graph, and tells no layout in the backward of an autograd.Function.
-    compiling = torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
-    if tensor.is_nested if compiling else tensor.layout != torch.strided:
+    other = tensor.is_nested if torch.compiler.is_dynamo_compiling() else tensor.layout != torch.strided
+    if other:
         fail(ValueError, f"{where(op, group_name)}: needs a dense (strided) tensor, got layout {tensor.layout}")
 
 
