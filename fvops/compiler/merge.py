@@ -2,7 +2,7 @@
 
 Two exchanges are neighbours if no other ordered op stands between them in the token chain. They merge if they are in
 the same direction and neither reads, however indirectly, what the other received; nor does anything between them that
-has to keep its place, such as a random draw; nor does anything between them write in place. The result is one
+has to keep its place, such as a random draw, nor is there a write in place. The result is one
 `all_to_all_4D_coalesced`, where each tensor keeps its own layout, at the place of the last of them; of exchanges that
 are opened up (`layout`), one `all_to_all_4D_packed`.
 """
