@@ -78,18 +78,22 @@ def _drawn_between(reads_the_first: bool) -> int:
     return len(records)
 
 
-def test_a_write_in_place_is_not_passed(two_ranks: Ranks) -> None:
-    """What reads the first received tensor and what is overwritten before the second exchange reads the old values."""
-    assert two_ranks.run(_written_between, deadline_s=300) == [2, 2]
+@pytest.mark.parametrize("is_read", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_write_in_place_is_not_passed(two_ranks: Ranks, is_read: bool) -> None:
+    """What reads the first received tensor and what is overwritten before the second exchange reads the old values.
+
+    If nothing reads it, what is sent must still be sent before the write.
+    """
+    assert two_ranks.run(_written_between, is_read, deadline_s=300) == [2, 2]
 
 
-def _written_between() -> int:
+def _written_between(is_read: bool) -> int:
     """How many exchanges are issued; values are as eager's."""
     group = fvops.get_sp_group()
 
     def program(x: torch.Tensor, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         first = group.all_to_all_4D(x.sin(), 2, 1)
-        read = first.mean() * buffer
+        read = (first if is_read else x).mean() * buffer
         buffer.add_(1)
         return read, group.all_to_all_4D(x.cos(), 2, 1)
 

@@ -61,7 +61,7 @@ class _Run:
         What reads a received tensor would come behind all that stands before the last member: so a random draw behind
         later draws, and others behind a write to what they read, too.
         """
-        if not self.downstream or not is_fixed(node):
+        if not self.members or not is_fixed(node):
             return False
         return writes(node) or not self.downstream.isdisjoint(node.all_input_nodes)
 
