@@ -233,6 +233,44 @@ def test_sizes_are_computed_from_symbols() -> None:
     assert not same_shape(x, y)
 
 
+def test_shapes_that_are_equal_here_are_guarded() -> None:
+    """fvops/compiler/sizes.py: a number of one rank is a symbol of another, for which the answer has to hold, too."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from fvops.compiler.sizes import same_shape
+
+    def function(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + torch.cat([y, y]).sum()
+
+    for rows, frozen, equal in ((6, False, True), (7, False, False), (6, True, False)):
+        graph = make_fx(function, tracing_mode="symbolic")(torch.ones(rows), torch.ones(3)).graph
+        x, _ = graph.find_nodes(op="placeholder")
+        [twice] = graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
+        shape_env = x.meta["val"].size(0).node.shape_env
+        shape_env.frozen, before = frozen, len(shape_env.guards)
+        assert same_shape(x, twice) == equal
+        assert len(shape_env.guards) == before + (not frozen)
+
+
+def test_attention_draws_where_it_has_dropout() -> None:
+    """fvops/compiler/token_chain.py."""
+    from fvops.compiler.token_chain import is_fixed
+
+    attention, aten = torch.ops.aten._scaled_dot_product_flash_attention.default, torch.ops.aten
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    for op, args, kwargs, fixed in (
+        (attention, (x, x, x), {}, False),
+        (attention, (x, x, x, 0.0), {}, False),
+        (attention, (x, x, x, 0.5), {}, True),
+        (attention, (x, x, x), {"dropout_p": 0.5}, True),
+        (aten.bernoulli.default, (x,), {}, True),
+        (aten.copy_.default, (x, x), {}, True),
+        (aten.sin.default, (x,), {}, False),
+    ):
+        assert is_fixed(graph.call_function(op, args, kwargs)) == fixed
+
+
 @pytest.mark.parametrize(
     "size",
     [

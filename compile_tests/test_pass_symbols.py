@@ -128,3 +128,24 @@ def test_cancelled_alike(two_ranks: Ranks, program: Program, train: bool) -> Non
 def test_a_part_is_kept_alike(two_ranks: Ranks, train: bool) -> None:
     count = 4 if train else 2
     assert two_ranks.run(_issued, _cut, {"cancel": True}, train, deadline_s=300) == [[1] * count] * 2
+
+
+def _whole_or_part(lengths: tuple[int, ...]) -> list[int]:
+    """How many exchanges one compiled program issues at each length of a slice; values are eager's."""
+
+    def program(x: Tensor, length: int) -> Tensor:
+        return _sequence(_heads(x)[:, :length].sin())
+
+    compiled = torch.compile(program, fullgraph=True, dynamic=True, options=fvops.compiler.options(cancel=True))
+    x, issued = torch.rand(1, 60 // fvops.get_sp_group().world_size, 4, 3), []
+    for length in lengths:
+        with record_collectives() as records:
+            got = compiled(x, length)
+        issued.append(len(records))
+        torch.testing.assert_close(got, program(x, length))
+    return issued
+
+
+def test_a_length_at_which_it_is_otherwise_is_compiled_anew(two_ranks: Ranks) -> None:
+    assert two_ranks.run(_whole_or_part, (60, 30, 60), deadline_s=300) == [[0, 2, 0]] * 2
+    assert two_ranks.run(_whole_or_part, (30, 60), deadline_s=300) == [[2, 0]] * 2

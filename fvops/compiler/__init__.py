@@ -41,9 +41,10 @@ def install() -> None:
     passes.take_slots()
     backward.compile_with_forward()
     if not _lowered:
-        from fvops.compiler import absorb_lowering, ordered_lowering, overlap_lowering
+        from fvops.compiler import absorb_lowering, ordered_lowering, overlap_lowering, shard_lowering
 
         ordered_lowering.register(ordered_ops)
         overlap_lowering.register()
         absorb_lowering.register()
+        shard_lowering.register()
         _lowered = True
