@@ -138,6 +138,7 @@ def test_cancelled_pairs_leave_nothing_in_forward_and_backward(two_ranks: Ranks)
     assert _exchanges(left) == []
 
 
+@pytest.mark.slow
 def test_cancelled_at_dynamic_lengths_too(two_ranks: Ranks) -> None:
     """A rank that met one length alone has numbers where others have symbols, and may not decide otherwise."""
     eager, left = _alike(two_ranks.run(_compare, list(CANCELLED), CANCEL, True, 1, True, deadline_s=300))["all"]

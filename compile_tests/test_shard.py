@@ -49,6 +49,22 @@ def test_a_part_is_read_out_of_the_whole(world_size: int, dynamic: bool) -> None
     assert Ranks.get(world_size).run(_compiled, dynamic, deadline_s=300) == [expected] * world_size
 
 
+def _of_small_numbers() -> int:
+    """How often the code calls `shard`; results are bitwise eager's."""
+    bits = torch.arange(8, dtype=torch.uint8).view(2, 4)
+
+    def program(x: Tensor) -> Tensor:
+        return fvops.get_sp_group().shard(x.view(torch.float8_e8m0fnu), 1, scale_grad=False)
+
+    result, code = run_and_get_code(torch.compile(program, fullgraph=True), bits)
+    assert torch.equal(result.view(torch.uint8), program(bits).view(torch.uint8))
+    return code[0].count("torch.ops.fvops.shard.default(")
+
+
+def test_types_that_inductor_has_no_loops_for(two_ranks: Ranks) -> None:
+    assert two_ranks.run(_of_small_numbers) == [1, 1]
+
+
 class _Shard(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return fvops.get_sp_group().shard(x.sin(), 0, scale_grad=False)

@@ -2,7 +2,8 @@
 
 As a call it would have the whole tensor laid down in memory, in a kernel of its own, and its part copied out of there.
 A packaged program keeps the call: it may be loaded by another rank than the one it was compiled for, and the call
-tells so. Other compiled code is never served to another rank, since the rank is an argument of the op.
+tells so. Other compiled code is never served to another rank, since the rank is an argument of the op. Types that
+Inductor has no loops for on some device (float8 and smaller) keep the call, too.
 
 Checked on torch 2.11 and 2.13; `compile_tests/test_shard.py` fails when the call is back.
 """
@@ -19,6 +20,9 @@ from torch.utils._sympy.functions import FloorDiv
 
 __all__ = ["register"]
 
+_INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_LOOPED = {*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
 
 def register() -> None:
     """Register the lowering of `shard`."""
@@ -28,7 +32,7 @@ def register() -> None:
 
 
 def _lower(input_: Any, dim: int, scale_grad: bool, rank: int, world_size: int, group_name: str) -> Any:
-    if V.graph.aot_mode:
+    if V.graph.aot_mode or input_.get_dtype() not in _LOOPED:
         call = fallback_handler(torch.ops.fvops.shard.default, add_to_fallback_set=False)
         return call(input_, dim, scale_grad, rank, world_size, group_name)
     sizes = input_.get_size()
