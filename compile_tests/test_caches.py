@@ -78,7 +78,7 @@ def _was_compiled(counts: dict[str, Any]) -> bool:
     return counts["autograd_miss"] >= 1 and counts["autograd_hit"] == 0
 
 
-@pytest.mark.parametrize("train", [pytest.param(False, marks=pytest.mark.slow), True], ids=["inference", "training"])
+@pytest.mark.parametrize("train", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["inference", "training"])
 def test_worlds_and_ranks_share_a_cache_folder(tmp_path: Path, train: bool) -> None:
     folder = str(tmp_path)
     first = Ranks.get(2).run(_compile_and_count, train, cache=folder, deadline_s=180)

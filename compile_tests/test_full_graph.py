@@ -67,7 +67,7 @@ def test_every_method_helper_and_getter_traces_whole(world_size: int, train: boo
     assert set(ran[0]) == set(TRAINING if train else INFERENCE)
 
 
-@TRAIN
+@pytest.mark.parametrize("train", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["inference", "training"])
 @WORLDS
 def test_inductor_compiles_all_of_them_in_one_graph(world_size: int, train: bool) -> None:
     Ranks.get(world_size).run(_programs, "inductor", train, world_size, True, deadline_s=300)

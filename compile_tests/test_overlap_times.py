@@ -131,6 +131,7 @@ def _meeting_in_backward(overlap: bool) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_backward_computes_while_the_exchange_is_under_way(two_ranks: Ranks) -> None:
     """Without overlap rank 0 would wait in the exchange for rank 1, which waits for what rank 0 computes after it."""
     assert two_ranks.run(_meeting_in_backward, True, deadline_s=300) == [True, True]

@@ -146,7 +146,7 @@ def test_cancelled_at_dynamic_lengths_too(two_ranks: Ranks) -> None:
     assert _exchanges(left) == []
 
 
-@pytest.mark.parametrize("with_gradient", [False, True])
+@pytest.mark.parametrize("with_gradient", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_an_input_that_is_overwritten_is_not_exchanged_anew(two_ranks: Ranks, with_gradient: bool) -> None:
     """Backward would compute from the new values what forward had computed from the old ones."""
     assert two_ranks.run(_overwriting, with_gradient, deadline_s=300) == [2, 2]

@@ -87,7 +87,7 @@ def _check(world_size: int, train: bool, count: int, length: int, variants: list
     ("world_size", "count", "train"),
     [
         pytest.param(2, PROGRAMS // 2 - 1, False, marks=pytest.mark.slow, id="2-inference"),
-        pytest.param(2, PROGRAMS // 2 - 1, True, id="2-training"),
+        pytest.param(2, PROGRAMS // 4, True, id="2-training"),
         pytest.param(4, 2, False, id="4-inference"),
         pytest.param(4, 2, True, id="4-training"),
     ],

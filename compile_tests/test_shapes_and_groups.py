@@ -69,7 +69,7 @@ def _reinitialize(backend: str) -> tuple[int, int, str, str]:
     return before, _graphs(), name, fvops.get_sp_group().unique_name
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_compiled_functions_outlive_their_groups(world_size: int, backend: str) -> None:
     for before, after, name, new_name in Ranks.get(world_size).run(_reinitialize, backend, deadline_s=180):

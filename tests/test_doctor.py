@@ -37,7 +37,7 @@ def _doctor(arguments: list[str], **variables: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize(
     ("arguments", "ranks"),
-    [(MODULE, 1), (TOOL, 1), ([*TORCHRUN, *MODULE], 2)],
+    [(MODULE, 1), pytest.param(TOOL, 1, marks=pytest.mark.slow), ([*TORCHRUN, *MODULE], 2)],
     ids=["python -m", "tools/doctor.py", "torchrun"],
 )
 def test_this_machine_is_well(arguments: list[str], ranks: int) -> None:
