@@ -59,7 +59,7 @@ class _Run:
         """Would `node`, which has to keep its place, be overtaken or left behind if one more exchange joined?
 
         What reads a received tensor would come behind all that stands before the last member: so a random draw behind
-        later draws, and others behind a write to what they read, too.
+        later draws, and others behind a write to what they read, too. What the members send is read there as well.
         """
         if not self.members or not is_fixed(node):
             return False

@@ -104,7 +104,7 @@ class UlyssesWanAttnProcessor:
         v_BSHD = value.unflatten(2, (attn.heads, -1))
         if rotary_emb is not None:
             q_BSHD, k_BSHD = _rotate(q_BSHD, *rotary_emb), _rotate(k_BSHD, *rotary_emb)
-        # One exchange instead of three, and no copy for it.
+        # One exchange instead of three. Concatenated, they would be copied first.
         q_BSHD, k_BSHD, v_BSHD = self.group.all_to_all_4D_coalesced([q_BSHD, k_BSHD, v_BSHD], 2, 1)
         out_BSHD = self.attention(
             q_BSHD, k_BSHD, v_BSHD, attn_mask=attention_mask, backend=self._attention_backend, parallel_config=None
