@@ -167,7 +167,8 @@ def _check(ranks: Ranks, names: list[str], train: bool, batch: int = 1, dynamic:
             assert reads > read
 
 
-# One that reads parts and one that writes packed buffers; all of them are slow: ten programs' kernels take g++ most of a minute.
+# One that reads parts, one that writes packed buffers. All of them are slow: ten programs' kernels take g++ most of a
+# minute.
 QUICK = ["projected with a bias", "projected before with a bias"]
 
 
